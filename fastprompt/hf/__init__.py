@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers integration; the only package that imports transformers."""
