@@ -1,4 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastprompt: exact prompts for frozen transformers, without the wasted work."""
+"""fastprompt: prompts for frozen transformers, computed exactly and without the wasted work.
+
+Names load on first use: ``import fastprompt`` needs torch alone and changes nothing global.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "AssetError": "errors",
+    "AttachError": "errors",
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "ImplUnavailableError": "errors",
+    "UnsupportedModelError": "errors",
+    "VPT": "recipes.vpt",
+    "attach": "hf.attach",
+    "check_finite": "ops.checks",
+    "explain": "ops.dispatch",
+    "load": "recipes.registry",
+    "nn": "",
+    "ops": "",
+    "recipes": "",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from fastprompt import nn, ops, recipes
+    from fastprompt.errors import (
+        AssetError,
+        AttachError,
+        CheckpointError,
+        DataError,
+        ImplUnavailableError,
+        UnsupportedModelError,
+    )
+    from fastprompt.hf.attach import attach
+    from fastprompt.ops.checks import check_finite
+    from fastprompt.ops.dispatch import explain
+    from fastprompt.recipes.registry import load
+    from fastprompt.recipes.vpt import VPT
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fastprompt' has no attribute {name!r}; it has {', '.join(sorted(_WHERE))}")
+    where = _WHERE[name]
+    if not where:
+        return importlib.import_module(f"fastprompt.{name}")
+    value = getattr(importlib.import_module(f"fastprompt.{where}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with prompts: one file an operation."""
+"""Attention with prompts: one file an operation; schemas and fakes are registered on import, with torch alone."""
+
+from fastprompt.ops.merge_states import merge_states
+from fastprompt.ops.prompt_attention import prompt_attention
+
+__all__ = ["merge_states", "prompt_attention"]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every attention operation checks before anything runs; each message says argument, got, expected, fix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastprompt import config
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """A floating point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected one of {', '.join(map(str, FLOATS))}; cast it first")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """All on one device."""
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    first = next(iter(devices))
+    for name, device in devices.items():
+        if device != devices[first]:
+            raise ValueError(
+                f"{name}: got device {device}, expected {devices[first]} (the device of {first}); "
+                f"move it with {name}.to({str(devices[first])!r})"
+            )
+
+
+def check_dtypes(names: tuple[str, ...], tensors: tuple[Tensor, ...], prompts: tuple[str, ...] = ()) -> None:
+    """One dtype; the tensors named in ``prompts`` may be float32 beside half precision."""
+    dtype = tensors[0].dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    for name, x in zip(names, tensors, strict=True):
+        if x.dtype == dtype or (name in prompts and half and x.dtype == torch.float32):
+            continue
+        allowed = f"{dtype}" + (" (or torch.float32)" if name in prompts and half else "")
+        raise TypeError(
+            f"{name}: got dtype {x.dtype}, expected {allowed} like {names[0]}; cast with {name}.to({dtype}) "
+            "or run under torch.autocast"
+        )
+
+
+def check_scale(scale: float | None, dim: int) -> float:
+    """The softmax scale; ``dim ** -0.5`` if None."""
+    if scale is None:
+        return dim**-0.5 if dim else 1.0
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(f"scale: got {scale!r}, expected a finite number >= 0 (None means head_dim ** -0.5)")
+    return float(scale)
+
+
+def check_index(prompt_index: Tensor | None, batch: int, bank: int) -> None:
+    """``prompt_index`` ``[B]`` int64 in ``[0, bank)``; values are read where that costs no synchronisation."""
+    if prompt_index is None:
+        if bank not in (1, batch):
+            raise ValueError(
+                f"prompt_key: got a bank of {bank} prompts for a batch of {batch} and no prompt_index; expected "
+                f"1 (shared), {batch} (one a sample), or pass prompt_index=int64[{batch}]"
+            )
+        return
+    if not isinstance(prompt_index, Tensor) or prompt_index.dtype != torch.int64:
+        got = prompt_index.dtype if isinstance(prompt_index, Tensor) else type(prompt_index).__name__
+        raise TypeError(f"prompt_index: got {got}, expected an int64 tensor of shape [{batch}]; use .long()")
+    if prompt_index.shape != (batch,):
+        raise ValueError(f"prompt_index: got shape {list(prompt_index.shape)}, expected [{batch}] (one a sample)")
+    readable = prompt_index.device.type == "cpu" or config.DEBUG
+    if torch.compiler.is_compiling() or not readable or not batch or not _has_values(prompt_index):
+        return
+    low, high = (int(x) for x in prompt_index.aminmax())
+    if low < 0 or high >= bank:
+        raise ValueError(f"prompt_index: got values in [{low}, {high}], expected [0, {bank - 1}] (bank of {bank})")
+
+
+def _has_values(x: Tensor) -> bool:
+    """False for meta and fake tensors, which carry shapes alone."""
+    return x.device.type != "meta" and not isinstance(x, torch._subclasses.FakeTensor)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast float32 tensors to the autocast dtype, where autocast is on, as PyTorch's own attention does."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def check_finite(*tensors: Tensor, name: str = "prompts") -> None:
+    """Raise unless every element is finite; costs a pass over the data (and a synchronisation on a GPU).
+
+    Args:
+        *tensors: Floating point tensors of any shape.
+        name: What to call them in the message.
+
+    Raises:
+        ValueError: with the number of NaN and infinite elements and where the first one is.
+
+    Example:
+        >>> import torch, fastprompt
+        >>> fastprompt.check_finite(torch.ones(3))
+        >>> fastprompt.check_finite(torch.tensor([1.0, float("nan")]), name="prompt_key")
+        Traceback (most recent call last):
+        ...
+        ValueError: prompt_key: got 1 NaN and 0 infinite of 2 elements (first at [1]), expected finite values; ...
+    """
+    for i, x in enumerate(tensors):
+        good = torch.isfinite(x)
+        if bool(good.all()):
+            continue
+        first = torch.nonzero(~good)[0].tolist()
+        label = name if len(tensors) == 1 else f"{name}[{i}]"
+        raise ValueError(
+            f"{label}: got {int(torch.isnan(x).sum())} NaN and {int(torch.isinf(x).sum())} infinite of {x.numel()} "
+            f"elements (first at {first}), expected finite values; lower the learning rate or reload the last "
+            "checkpoint"
+        )

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prompt_attention` on CPU: PyTorch's flash forward, and a backward of tiled matrix products.
+
+Measured on 2 cores with AMX (`bench/results/README.md`): PyTorch's flash forward keeps float32 scores and is the best
+forward there is; its backward is bound by small matrix products, so the same maths as batched products over tiles that
+stay in the cache is faster in bfloat16, and needs no key-side gradient that nobody asked for.
+
+In half precision the scores of a tile are rounded once, by the matrix product that writes them. Softmax is
+shift-invariant, so each row is centred first, inside the product, by an extra column: c = lse - 2/3 log(keys) keeps the
+scores that carry weight near zero, whether attention is flat or peaked, and the rounding error near that of float32
+scores (without centring it grows with the size of the logits: 4x at logits of 20).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# Scores of one tile (elements): its two half-precision copies stay in a cache of a few MiB.
+TILE = 1 << 20
+# Prompt columns kept for the reduction over the batch (elements): bounds the workspace of the backward.
+WORKSPACE = 1 << 24
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _mask(query: Tensor, tk: int, prompts: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """Additive mask ``[B|1,Hq|1,Tq|1,P+Tk]`` in the query dtype, zero over prompts."""
+    tq = query.shape[2]
+    mask = None
+    if attn_mask is not None:
+        mask = attn_mask
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        mask = mask.to(query.dtype)
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = mask.expand(*mask.shape[:3], tk)
+    if is_causal:
+        hidden = torch.ones(tq, tk, dtype=torch.bool).triu_(tk - tq + 1)
+        base = torch.zeros(1, 1, tq, tk, dtype=query.dtype) if mask is None else mask
+        mask = base.masked_fill(hidden, -torch.inf)
+    return None if mask is None else pad(mask, (prompts, 0))
+
+
+def _join(prompt: Tensor, prompt_index: Tensor | None, instance: Tensor, groups: int) -> Tensor:
+    """Keys (or values) of one flash call: ``[B,Hq,P+Tk,D]``."""
+    if prompt.shape[-2]:
+        prompt = prompt.to(instance.dtype)
+        prompt = prompt[prompt_index] if prompt_index is not None else prompt.expand(len(instance), -1, -1, -1)
+        instance = torch.cat([prompt, instance], dim=2)
+    return instance.repeat_interleave(groups, dim=1) if groups > 1 else instance
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prompt_index: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B,Hq,Tq,D]`` (memory order B,T,H,D) and lse ``[B,Hq,Tq]``."""
+    batch, heads, tq, dim = query.shape
+    prompts, tk = prompt_key.shape[-2], key.shape[2]
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    if batch * heads * tq * dim == 0 or prompts + tk == 0:
+        out = query.new_zeros(batch, tq, heads, dim).transpose(1, 2)
+        return out, torch.full((batch, heads, tq), -torch.inf, dtype=lse_dtype)
+    groups = heads // key.shape[1]
+    mask = _mask(query, tk, prompts, attn_mask, is_causal)
+    operands = (query, _join(prompt_key, prompt_index, key, groups), _join(prompt_value, prompt_index, value, groups))
+    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in operands]
+    out, lse = _flash(*rows, attn_mask=mask, scale=scale)
+    if mask is not None and not prompts:
+        dead = (mask == -torch.inf).all(dim=-1).expand(batch, heads, tq)
+        out = out.masked_fill(dead.unsqueeze(-1), 0.0)
+        lse = lse.masked_fill(dead, -torch.inf)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.to(lse_dtype).contiguous()
+
+
+def _prompt_groups(prompt_index: Tensor | None, count: int, batch: int) -> Iterator[tuple[int, slice | Tensor]]:
+    """For every prompt of the bank that is used: its number and the samples that read it, in order."""
+    if prompt_index is None and count == 1:
+        yield 0, slice(None)
+    elif prompt_index is None:
+        yield from ((b, slice(b, b + 1)) for b in range(batch))
+    else:
+        for g in prompt_index.unique(sorted=True).tolist():
+            yield g, torch.nonzero(prompt_index == g).flatten()
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prompt_index: Tensor | None,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the inputs flagged in ``needs`` (query, key, value, prompt_key, prompt_value), in that order."""
+    grads = [
+        torch.zeros_like(x) if need else None
+        for x, need in zip((query, key, value, prompt_key, prompt_value), needs, strict=True)
+    ]
+    heads_kv, keys = key.shape[1], prompt_key.shape[-2] + key.shape[2]
+    if query.numel() and keys:
+        mask = _mask(query, key.shape[2], prompt_key.shape[-2], attn_mask, is_causal)
+        rows = query.shape[0] * query.shape[1] // heads_kv * query.shape[2]
+        step = max(1, min(heads_kv, WORKSPACE // max(1, rows * prompt_key.shape[-2])))
+        for h in range(0, heads_kv, step):
+            _Heads(
+                slice(h, h + step), grad_out, grad_lse, query, key, value, prompt_key, prompt_value,
+                prompt_index, mask, out, lse, scale, grads,
+            ).run()  # fmt: skip
+    return [g for g in grads if g is not None]
+
+
+def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sum over row blocks, in float32 from the second block on."""
+    return part if total is None else total.to(torch.promote_types(part.dtype, torch.float32)) + part
+
+
+class _Heads:
+    """The backward of a slice of KV heads: tiles of one sample and a block of rows, then one reduction a prompt."""
+
+    def __init__(self, heads, grad_out, grad_lse, query, key, value, prompt_key, prompt_value, prompt_index,
+                 mask, out, lse, scale, grads):  # fmt: skip
+        self.hkv, self.groups = key[:, heads].shape[1], query.shape[1] // key.shape[1]
+        q_heads = slice(heads.start * self.groups, heads.stop * self.groups)
+
+        def by_group(x: Tensor) -> Tensor:  # [B,Hq,T,...] -> [B,Hkv,G,T,...]
+            return x[:, q_heads].unflatten(1, (self.hkv, self.groups))
+
+        self.query, self.grad_out, self.out, self.lse = map(by_group, (query, grad_out, out, lse))
+        self.grad_lse = None if grad_lse is None else by_group(grad_lse)
+        self.key, self.value = key[:, heads], value[:, heads]
+        self.prompt_key, self.prompt_value = (p[:, heads].to(query.dtype) for p in (prompt_key, prompt_value))
+        self.prompt_index, self.scale = prompt_index, scale
+        self.mask = None
+        if mask is not None:
+            shared = mask.shape[1] == 1
+            self.mask = mask.unsqueeze(1) if shared else by_group(mask)
+        dq, dk, dv, dpk, dpv = grads
+        self.dq = None if dq is None else dq[:, q_heads].unflatten(1, (self.hkv, self.groups))
+        self.dk, self.dv, self.dpk, self.dpv = (None if g is None else g[:, heads] for g in (dk, dv, dpk, dpv))
+        self.batch, _, _, self.tq, self.dim = self.query.shape
+        self.prompts, self.tk = self.prompt_key.shape[2], self.key.shape[2]
+        # Below the first prompted layer nothing but the prompts needs a gradient: only their columns are computed.
+        self.instance = any(g is not None for g in (dq, dk, dv))
+        self.columns = self.prompts + (self.tk if self.instance else 0)
+
+    def run(self) -> None:
+        """Write every gradient that was asked for into its slice of the output."""
+        rows = self.groups * self.tq
+        kept = (self.hkv, self.batch, rows, self.prompts)
+        p_kept = self.query.new_empty(kept) if self.dpv is not None else None
+        ds_kept = self.query.new_empty(kept) if self.dpk is not None else None
+        keys = self.query.new_empty(self.hkv, self.columns, self.dim + 1)
+        keys[..., -1] = 1.0
+        values = self.query.new_empty(self.hkv, self.columns, self.dim)
+        block = max(1, min(self.tq, TILE // max(1, self.hkv * self.groups * self.columns)))
+        for b in range(self.batch):
+            self._load(b, keys, values)
+            dk = dv = None
+            for start in range(0, self.tq, block):
+                t = slice(start, min(start + block, self.tq))
+                q, do, p, ds = self._tile(b, t, keys, values)
+                shape = (self.hkv, self.groups, t.stop - t.start, -1)
+                for kept_tile, tile in ((p_kept, p), (ds_kept, ds)):
+                    if kept_tile is not None:
+                        to = kept_tile[:, b].view(self.hkv, self.groups, self.tq, self.prompts)[:, :, t]
+                        to.copy_(tile.view(shape)[..., : self.prompts])
+                if self.dq is not None:
+                    self.dq[b, :, :, t] = (ds @ keys).view(shape)[..., :-1].mul_(self.scale)
+                if self.dk is not None:
+                    dk = _accumulate(dk, (ds.transpose(1, 2) @ q)[:, self.prompts :, :-1].mul_(self.scale))
+                if self.dv is not None:
+                    dv = _accumulate(dv, (p.transpose(1, 2) @ do)[:, self.prompts :])
+            for grad, total in ((self.dk, dk), (self.dv, dv)):
+                if grad is not None:
+                    grad[b] = total
+        self._reduce(self.dpv, p_kept, self.grad_out, 1.0)
+        self._reduce(self.dpk, ds_kept, self.query, self.scale)
+
+    def _load(self, b: int, keys: Tensor, values: Tensor) -> None:
+        """Keys (with a column of ones for the centring) and values of sample ``b``; a shared prompt is copied once."""
+        if len(self.prompt_key) > 1 or b == 0:
+            g = b if self.prompt_index is None else int(self.prompt_index[b])
+            keys[:, : self.prompts, :-1], values[:, : self.prompts] = self.prompt_key[g], self.prompt_value[g]
+        if self.instance:
+            keys[:, self.prompts :, :-1], values[:, self.prompts :] = self.key[b], self.value[b]
+
+    def _tile(self, b: int, t: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query rows (with their centring column), dO, P and dS of one tile, each ``[Hkv, G*rows, ...]``."""
+        lse = self.lse[b, :, :, t].flatten(1, 2).unsqueeze(-1)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        q, do = (x[b, :, :, t].flatten(1, 2) for x in (self.query, self.grad_out))
+        centre = (lse - 2 / 3 * math.log(self.prompts + self.tk)).to(q.dtype)
+        q = torch.cat([q, centre * (-1 / self.scale if self.scale else 0.0)], dim=-1)
+        scores = torch.baddbmm(q.new_zeros(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
+        dp = do @ values.transpose(1, 2)
+        if self.instance:
+            p, ds = self._softmax_backward(b, t, scores, dp)
+        else:
+            shift = q[..., -1:].to(lse.dtype).mul(self.scale).add(lse)
+            delta = (do.to(lse.dtype) * self.out[b, :, :, t].flatten(1, 2)).sum(-1, keepdim=True)
+            if self.grad_lse is not None:
+                delta = delta - self.grad_lse[b, :, :, t].reshape(delta.shape)
+            p = scores.to(lse.dtype).sub_(shift).exp_()
+            ds = dp.to(lse.dtype).sub_(delta).mul_(p).to(q.dtype)
+            p = p.to(q.dtype)
+        return q, do, p, ds
+
+    def _softmax_backward(self, b: int, t: slice, scores: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
+        """P and dS of a tile that holds every column of its rows."""
+        if self.mask is not None:
+            mask = self.mask[b if len(self.mask) > 1 else 0]
+            mask = mask[:, :, t] if mask.shape[2] > 1 else mask
+            scores.view(self.hkv, self.groups, t.stop - t.start, self.columns).add_(mask)
+        p = torch.softmax(scores, dim=-1)
+        if self.mask is not None and not self.prompts:
+            p.masked_fill_((self.lse[b, :, :, t] == -torch.inf).reshape(self.hkv, -1, 1), 0.0)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        if self.grad_lse is not None:
+            ds.addcmul_(p, self.grad_lse[b, :, :, t].reshape(self.hkv, -1, 1).to(p.dtype))
+        return p, ds
+
+    def _reduce(self, grad: Tensor | None, kept: Tensor | None, rows: Tensor, factor: float) -> None:
+        """Sum over samples and rows in one matrix product a prompt: float32 accumulation, one rounding."""
+        if grad is None or kept is None:
+            return
+        for g, samples in _prompt_groups(self.prompt_index, len(grad), self.batch):
+            weights = kept[:, samples].flatten(1, 2).transpose(1, 2)
+            right = rows[samples].transpose(0, 1).reshape(self.hkv, -1, self.dim)
+            grad[g] = torch.baddbmm(weights.new_zeros(()), weights, right, beta=0, alpha=factor)
