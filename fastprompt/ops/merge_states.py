@@ -73,4 +73,6 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
         if x.dtype != dtype:
             raise TypeError(f"{name}: got dtype {x.dtype}, expected {dtype} beside out_a in {out_a.dtype}")
         if x.shape != shape:
-            raise ValueError(f"{name}: got shape {list(x.shape)}, expected {list(shape)} beside out_a {list(out_a.shape)}")
+            raise ValueError(
+                f"{name}: got shape {list(x.shape)}, expected {list(shape)} beside out_a {list(out_a.shape)}"
+            )

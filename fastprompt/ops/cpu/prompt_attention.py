@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`prompt_attention` on CPU: PyTorch's flash forward, and a backward of tiled matrix products.
+"""`prompt_attention` on CPU: PyTorch's flash forward; its flash backward in float32, tiled matrix products in half.
 
-Measured on 2 cores with AMX (`bench/results/README.md`): PyTorch's flash forward keeps float32 scores and is the best
-forward there is; its backward is bound by small matrix products, so the same maths as batched products over tiles that
-stay in the cache is faster in bfloat16, and needs no key-side gradient that nobody asked for.
+Measured on 2 cores with AMX (`bench/results/README.md`). The flash forward keeps float32 scores and is the best forward
+there is. Its backward is the best in float32. In half precision it is slower than the same maths as batched matrix
+products over tiles that stay in the cache, and it would round the gradient of a shared prompt once a sample; and where
+nothing but prompts needs a gradient, the products visit the prompt columns alone.
 
 In half precision the scores of a tile are rounded once, by the matrix product that writes them. Softmax is
 shift-invariant, so each row is centred first, inside the product, by an extra column: c = lse - 2/3 log(keys) keeps the
@@ -26,6 +27,7 @@ TILE = 1 << 20
 WORKSPACE = 1 << 24
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _mask(query: Tensor, tk: int, prompts: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
@@ -55,6 +57,11 @@ def _join(prompt: Tensor, prompt_index: Tensor | None, instance: Tensor, groups:
     return instance.repeat_interleave(groups, dim=1) if groups > 1 else instance
 
 
+def _dense_rows(x: Tensor) -> Tensor:
+    """PyTorch's flash kernels take any strides but need dense rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -76,8 +83,7 @@ def forward(
     groups = heads // key.shape[1]
     mask = _mask(query, tk, prompts, attn_mask, is_causal)
     operands = (query, _join(prompt_key, prompt_index, key, groups), _join(prompt_value, prompt_index, value, groups))
-    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in operands]
-    out, lse = _flash(*rows, attn_mask=mask, scale=scale)
+    out, lse = _flash(*map(_dense_rows, operands), attn_mask=mask, scale=scale)
     if mask is not None and not prompts:
         dead = (mask == -torch.inf).all(dim=-1).expand(batch, heads, tq)
         out = out.masked_fill(dead.unsqueeze(-1), 0.0)
@@ -113,21 +119,44 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of the inputs flagged in ``needs`` (query, key, value, prompt_key, prompt_value), in that order."""
-    grads = [
-        torch.zeros_like(x) if need else None
-        for x, need in zip((query, key, value, prompt_key, prompt_value), needs, strict=True)
-    ]
-    heads_kv, keys = key.shape[1], prompt_key.shape[-2] + key.shape[2]
-    if query.numel() and keys:
-        mask = _mask(query, key.shape[2], prompt_key.shape[-2], attn_mask, is_causal)
+    inputs = (query, key, value, prompt_key, prompt_value)
+    prompts, tk, heads_kv = prompt_key.shape[-2], key.shape[2], key.shape[1]
+    if not query.numel() or not prompts + tk:
+        return [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+    # Every element of dq, dk, dv is written; a prompt that no sample reads keeps its zeros.
+    grads = [torch.empty_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+    for grad in grads[3:]:
+        if grad is not None:
+            grad.zero_()
+    mask = _mask(query, tk, prompts, attn_mask, is_causal)
+    if query.dtype.itemsize >= 4 and any(needs[:3]) and grad_lse is None:
+        _by_flash(grad_out, inputs, prompt_index, mask, out, lse, scale, grads)
+    else:
         rows = query.shape[0] * query.shape[1] // heads_kv * query.shape[2]
-        step = max(1, min(heads_kv, WORKSPACE // max(1, rows * prompt_key.shape[-2])))
+        step = max(1, min(heads_kv, WORKSPACE // max(1, rows * prompts)))
         for h in range(0, heads_kv, step):
-            _Heads(
-                slice(h, h + step), grad_out, grad_lse, query, key, value, prompt_key, prompt_value,
-                prompt_index, mask, out, lse, scale, grads,
-            ).run()  # fmt: skip
+            _Heads(slice(h, h + step), grad_out, grad_lse, inputs, prompt_index, mask, out, lse, scale, grads).run()
     return [g for g in grads if g is not None]
+
+
+def _by_flash(grad_out, inputs, prompt_index, mask, out, lse, scale, grads) -> None:
+    """Write the gradients by PyTorch's flash backward over joined keys; summed over samples in float32."""
+    query, key, value, prompt_key, prompt_value = inputs
+    batch, heads_kv, prompts = len(query), key.shape[1], prompt_key.shape[-2]
+    groups = query.shape[1] // heads_kv
+    keys, values = _join(prompt_key, prompt_index, key, groups), _join(prompt_value, prompt_index, value, groups)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 for a row that sees nothing
+    rows = map(_dense_rows, (grad_out, query, keys, values))
+    dq, *joined = _flash_backward(*rows, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+    if grads[0] is not None:
+        grads[0].copy_(dq)
+    for grad, prompt_grad, both in zip(grads[1:3], grads[3:5], joined, strict=True):
+        both = both.unflatten(1, (heads_kv, groups)).sum(2) if groups > 1 else both
+        if grad is not None:
+            grad.copy_(both[:, :, prompts:])
+        if prompt_grad is not None:
+            for g, samples in _prompt_groups(prompt_index, len(prompt_grad), batch):
+                prompt_grad[g] = both[samples, :, :prompts].sum(0)
 
 
 def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
@@ -136,10 +165,10 @@ def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 class _Heads:
-    """The backward of a slice of KV heads: tiles of one sample and a block of rows, then one reduction a prompt."""
+    """The backward of a slice of KV heads: tiles of samples or of query rows, then one reduction a prompt."""
 
-    def __init__(self, heads, grad_out, grad_lse, query, key, value, prompt_key, prompt_value, prompt_index,
-                 mask, out, lse, scale, grads):  # fmt: skip
+    def __init__(self, heads, grad_out, grad_lse, inputs, prompt_index, mask, out, lse, scale, grads):
+        query, key, value, prompt_key, prompt_value = inputs
         self.hkv, self.groups = key[:, heads].shape[1], query.shape[1] // key.shape[1]
         q_heads = slice(heads.start * self.groups, heads.stop * self.groups)
 
@@ -167,84 +196,99 @@ class _Heads:
     def run(self) -> None:
         """Write every gradient that was asked for into its slice of the output."""
         rows = self.groups * self.tq
-        kept = (self.hkv, self.batch, rows, self.prompts)
+        kept = (self.batch, self.hkv, self.groups, self.tq, self.prompts)
         p_kept = self.query.new_empty(kept) if self.dpv is not None else None
         ds_kept = self.query.new_empty(kept) if self.dpk is not None else None
-        keys = self.query.new_empty(self.hkv, self.columns, self.dim + 1)
-        keys[..., -1] = 1.0
-        values = self.query.new_empty(self.hkv, self.columns, self.dim)
+        count = max(1, min(self.batch, TILE // max(1, self.hkv * rows * self.columns)))
         block = max(1, min(self.tq, TILE // max(1, self.hkv * self.groups * self.columns)))
-        for b in range(self.batch):
-            self._load(b, keys, values)
+        keys = self.query.new_empty(count, self.hkv, self.columns, self.dim + 1)
+        keys[..., -1] = 1.0
+        values = self.query.new_empty(count, self.hkv, self.columns, self.dim)
+        for first in range(0, self.batch, count):
+            b = slice(first, min(first + count, self.batch))
+            k, v = self._load(b, keys, values)
             dk = dv = None
             for start in range(0, self.tq, block):
                 t = slice(start, min(start + block, self.tq))
-                q, do, p, ds = self._tile(b, t, keys, values)
-                shape = (self.hkv, self.groups, t.stop - t.start, -1)
-                for kept_tile, tile in ((p_kept, p), (ds_kept, ds)):
-                    if kept_tile is not None:
-                        to = kept_tile[:, b].view(self.hkv, self.groups, self.tq, self.prompts)[:, :, t]
-                        to.copy_(tile.view(shape)[..., : self.prompts])
+                q, do, p, ds = self._tile(b, t, k, v)
+                for store, tile in ((p_kept, p), (ds_kept, ds)):
+                    if store is not None:
+                        store[b, :, :, t] = self._rows(tile, b, t)[..., : self.prompts]
                 if self.dq is not None:
-                    self.dq[b, :, :, t] = (ds @ keys).view(shape)[..., :-1].mul_(self.scale)
+                    self.dq[b, :, :, t] = self._rows(self._product(ds, k, self.scale), b, t)[..., :-1]
                 if self.dk is not None:
-                    dk = _accumulate(dk, (ds.transpose(1, 2) @ q)[:, self.prompts :, :-1].mul_(self.scale))
+                    dk = _accumulate(dk, self._product(ds.transpose(1, 2), q, self.scale))
                 if self.dv is not None:
-                    dv = _accumulate(dv, (p.transpose(1, 2) @ do)[:, self.prompts :])
+                    dv = _accumulate(dv, self._product(p.transpose(1, 2), do))
             for grad, total in ((self.dk, dk), (self.dv, dv)):
                 if grad is not None:
-                    grad[b] = total
-        self._reduce(self.dpv, p_kept, self.grad_out, 1.0)
+                    grad[b] = total.view(-1, self.hkv, *total.shape[1:])[:, :, self.prompts :, : self.dim]
+        self._reduce(self.dpv, p_kept, self.grad_out)
         self._reduce(self.dpk, ds_kept, self.query, self.scale)
 
-    def _load(self, b: int, keys: Tensor, values: Tensor) -> None:
-        """Keys (with a column of ones for the centring) and values of sample ``b``; a shared prompt is copied once."""
-        if len(self.prompt_key) > 1 or b == 0:
-            g = b if self.prompt_index is None else int(self.prompt_index[b])
-            keys[:, : self.prompts, :-1], values[:, : self.prompts] = self.prompt_key[g], self.prompt_value[g]
-        if self.instance:
-            keys[:, self.prompts :, :-1], values[:, self.prompts :] = self.key[b], self.value[b]
+    def _rows(self, tile: Tensor, b: slice, t: slice) -> Tensor:
+        """``[S*Hkv, G*rows, X]`` of a tile as ``[S,Hkv,G,rows,X]``."""
+        return tile.view(b.stop - b.start, self.hkv, self.groups, t.stop - t.start, -1)
 
-    def _tile(self, b: int, t: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query rows (with their centring column), dO, P and dS of one tile, each ``[Hkv, G*rows, ...]``."""
-        lse = self.lse[b, :, :, t].flatten(1, 2).unsqueeze(-1)
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        q, do = (x[b, :, :, t].flatten(1, 2) for x in (self.query, self.grad_out))
-        centre = (lse - 2 / 3 * math.log(self.prompts + self.tk)).to(q.dtype)
-        q = torch.cat([q, centre * (-1 / self.scale if self.scale else 0.0)], dim=-1)
-        scores = torch.baddbmm(q.new_zeros(()), q, keys.transpose(1, 2), beta=0, alpha=self.scale)
-        dp = do @ values.transpose(1, 2)
+    def _flat(self, x: Tensor, b: slice, t: slice) -> Tensor:
+        """Rows ``[S,Hkv,G,rows,...]`` of a tile as ``[S*Hkv, G*rows, ...]``."""
+        return x[b, :, :, t].flatten(2, 3).flatten(0, 1)
+
+    @staticmethod
+    def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+        """``factor * left @ right``, scaled before the one rounding."""
+        if factor == 1.0:
+            return torch.bmm(left, right)
+        return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
+
+    def _load(self, b: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (with a column of ones for the centring) and values of a tile; a shared prompt is copied once."""
+        count = b.stop - b.start
+        if len(self.prompt_key) > 1 or b.start == 0:
+            g = slice(None) if len(self.prompt_key) == 1 else b if self.prompt_index is None else self.prompt_index[b]
+            keys[:count, :, : self.prompts, :-1] = self.prompt_key[g]
+            values[:count, :, : self.prompts] = self.prompt_value[g]
+        if self.instance:
+            keys[:count, :, self.prompts :, :-1], values[:count, :, self.prompts :] = self.key[b], self.value[b]
+        return keys[:count].flatten(0, 1), values[:count].flatten(0, 1)
+
+    def _tile(self, b: slice, t: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query rows (with their centring column), dO, P and dS of one tile, each ``[S*Hkv, G*rows, ...]``."""
+        lse = self._flat(self.lse, b, t).unsqueeze(-1)
+        q, do = self._flat(self.query, b, t), self._flat(self.grad_out, b, t)
+        centre = lse.masked_fill(lse == -torch.inf, 0.0) - 2 / 3 * math.log(self.prompts + self.tk)
+        q = torch.cat([q, (centre * (-1 / self.scale if self.scale else 0.0)).to(q.dtype)], dim=-1)
+        scores = self._product(q, keys.transpose(1, 2), self.scale)
+        dp = self._product(do, values.transpose(1, 2))
         if self.instance:
             p, ds = self._softmax_backward(b, t, scores, dp)
         else:
             shift = q[..., -1:].to(lse.dtype).mul(self.scale).add(lse)
-            delta = (do.to(lse.dtype) * self.out[b, :, :, t].flatten(1, 2)).sum(-1, keepdim=True)
+            delta = (do.to(lse.dtype) * self._flat(self.out, b, t)).sum(-1, keepdim=True)
             if self.grad_lse is not None:
-                delta = delta - self.grad_lse[b, :, :, t].reshape(delta.shape)
+                delta = delta - self._flat(self.grad_lse, b, t).unsqueeze(-1)
             p = scores.to(lse.dtype).sub_(shift).exp_()
             ds = dp.to(lse.dtype).sub_(delta).mul_(p).to(q.dtype)
             p = p.to(q.dtype)
         return q, do, p, ds
 
-    def _softmax_backward(self, b: int, t: slice, scores: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
+    def _softmax_backward(self, b: slice, t: slice, scores: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
         """P and dS of a tile that holds every column of its rows."""
         if self.mask is not None:
-            mask = self.mask[b if len(self.mask) > 1 else 0]
-            mask = mask[:, :, t] if mask.shape[2] > 1 else mask
-            scores.view(self.hkv, self.groups, t.stop - t.start, self.columns).add_(mask)
+            mask = self.mask[b] if len(self.mask) > 1 else self.mask
+            self._rows(scores, b, t).add_(mask[:, :, :, t] if mask.shape[3] > 1 else mask)
         p = torch.softmax(scores, dim=-1)
         if self.mask is not None and not self.prompts:
-            p.masked_fill_((self.lse[b, :, :, t] == -torch.inf).reshape(self.hkv, -1, 1), 0.0)
+            p.masked_fill_(self._flat(self.lse, b, t).unsqueeze(-1) == -torch.inf, 0.0)
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
         if self.grad_lse is not None:
-            ds.addcmul_(p, self.grad_lse[b, :, :, t].reshape(self.hkv, -1, 1).to(p.dtype))
+            ds.addcmul_(p, self._flat(self.grad_lse, b, t).unsqueeze(-1).to(p.dtype))
         return p, ds
 
-    def _reduce(self, grad: Tensor | None, kept: Tensor | None, rows: Tensor, factor: float) -> None:
+    def _reduce(self, grad: Tensor | None, kept: Tensor | None, rows: Tensor, factor: float = 1.0) -> None:
         """Sum over samples and rows in one matrix product a prompt: float32 accumulation, one rounding."""
         if grad is None or kept is None:
             return
         for g, samples in _prompt_groups(self.prompt_index, len(grad), self.batch):
-            weights = kept[:, samples].flatten(1, 2).transpose(1, 2)
-            right = rows[samples].transpose(0, 1).reshape(self.hkv, -1, self.dim)
-            grad[g] = torch.baddbmm(weights.new_zeros(()), weights, right, beta=0, alpha=factor)
+            left, right = (x[samples].transpose(0, 1).flatten(1, 3) for x in (kept, rows))
+            grad[g] = self._product(left.transpose(1, 2), right, factor)
