@@ -10,6 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
+# Not the top-level name: transformers 5.17 replaces that by a stub where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -101,7 +104,7 @@ def image_transform(source: Any, size: int | None = None) -> ImageTransform:
     config = getattr(source, "config", source)
     folder = getattr(config, "name_or_path", "")
     if folder and any((Path(folder) / name).is_file() for name in _CONFIG_FILES):
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         return ImageTransform(processor, {} if size is None else _resized(processor, size))
     return ImageTransform(_family_processor(config, size))
 
