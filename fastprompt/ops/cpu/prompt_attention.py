@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Scores of one tile (elements): its two half-precision copies stay in a cache of a few MiB.
-TILE = 1 << 20
+# Scores of one tile (elements): small enough for the cache, large enough that a step is not all thread barriers.
+TILE = 1 << 21
 # Prompt columns kept for the reduction over the batch (elements): bounds the workspace of the backward.
 WORKSPACE = 1 << 24
 
@@ -149,7 +149,7 @@ def _by_flash(grad_out, inputs, prompt_index, mask, out, lse, scale, grads) -> N
     rows = map(_dense_rows, (grad_out, query, keys, values))
     dq, *joined = _flash_backward(*rows, out, lse, 0.0, False, attn_mask=mask, scale=scale)
     if grads[0] is not None:
-        grads[0].copy_(dq)
+        grads[0] = dq if dq.stride() == grads[0].stride() else grads[0].copy_(dq)
     for grad, prompt_grad, both in zip(grads[1:3], grads[3:5], joined, strict=True):
         both = both.unflatten(1, (heads_kv, groups)).sum(2) if groups > 1 else both
         if grad is not None:
@@ -204,13 +204,15 @@ class _Heads:
         keys = self.query.new_empty(count, self.hkv, self.columns, self.dim + 1)
         keys[..., -1] = 1.0
         values = self.query.new_empty(count, self.hkv, self.columns, self.dim)
+        # Scores become P, and dP becomes dS, in place.
+        tiles = self.query.new_empty(2, count * self.hkv * self.groups * block * self.columns)
         for first in range(0, self.batch, count):
             b = slice(first, min(first + count, self.batch))
             k, v = self._load(b, keys, values)
             dk = dv = None
             for start in range(0, self.tq, block):
                 t = slice(start, min(start + block, self.tq))
-                q, do, p, ds = self._tile(b, t, k, v)
+                q, do, p, ds = self._tile(b, t, k, v, tiles)
                 for store, tile in ((p_kept, p), (ds_kept, ds)):
                     if store is not None:
                         store[b, :, :, t] = self._rows(tile, b, t)[..., : self.prompts]
@@ -235,11 +237,11 @@ class _Heads:
         return x[b, :, :, t].flatten(2, 3).flatten(0, 1)
 
     @staticmethod
-    def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    def _product(left: Tensor, right: Tensor, factor: float = 1.0, out: Tensor | None = None) -> Tensor:
         """``factor * left @ right``, scaled before the one rounding."""
-        if factor == 1.0:
-            return torch.bmm(left, right)
-        return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
+        if out is not None:
+            out = out[: len(left) * left.shape[1] * right.shape[2]].view(len(left), left.shape[1], right.shape[2])
+        return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=factor, out=out)
 
     def _load(self, b: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (with a column of ones for the centring) and values of a tile; a shared prompt is copied once."""
@@ -252,14 +254,16 @@ class _Heads:
             keys[:count, :, self.prompts :, :-1], values[:count, :, self.prompts :] = self.key[b], self.value[b]
         return keys[:count].flatten(0, 1), values[:count].flatten(0, 1)
 
-    def _tile(self, b: slice, t: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _tile(
+        self, b: slice, t: slice, keys: Tensor, values: Tensor, tiles: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query rows (with their centring column), dO, P and dS of one tile, each ``[S*Hkv, G*rows, ...]``."""
         lse = self._flat(self.lse, b, t).unsqueeze(-1)
         q, do = self._flat(self.query, b, t), self._flat(self.grad_out, b, t)
         centre = lse.masked_fill(lse == -torch.inf, 0.0) - 2 / 3 * math.log(self.prompts + self.tk)
         q = torch.cat([q, (centre * (-1 / self.scale if self.scale else 0.0)).to(q.dtype)], dim=-1)
-        scores = self._product(q, keys.transpose(1, 2), self.scale)
-        dp = self._product(do, values.transpose(1, 2))
+        scores = self._product(q, keys.transpose(1, 2), self.scale, tiles[0])
+        dp = self._product(do, values.transpose(1, 2), out=tiles[1])
         if self.instance:
             p, ds = self._softmax_backward(b, t, scores, dp)
         else:
@@ -277,10 +281,10 @@ class _Heads:
         if self.mask is not None:
             mask = self.mask[b] if len(self.mask) > 1 else self.mask
             self._rows(scores, b, t).add_(mask[:, :, :, t] if mask.shape[3] > 1 else mask)
-        p = torch.softmax(scores, dim=-1)
+        p = torch.softmax(scores, dim=-1, out=scores)
         if self.mask is not None and not self.prompts:
             p.masked_fill_(self._flat(self.lse, b, t).unsqueeze(-1) == -torch.inf, 0.0)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
         if self.grad_lse is not None:
             ds.addcmul_(p, self._flat(self.grad_lse, b, t).unsqueeze(-1).to(p.dtype))
         return p, ds
