@@ -75,22 +75,48 @@ def test_stopping_again_and_again_changes_nothing(tmp_path):
     assert_same_run(tmp_path / "straight", straight, tmp_path / "stopped", resumed)
 
 
-@pytest.mark.parametrize("call", [1, 2, 6])
-def test_an_interrupted_evaluation_is_repeated(tmp_path, call):
-    class Interrupted(Toy):
-        calls = 0
+class Interrupted(Toy):
+    """Raises at one call with or without gradients, after its random numbers are drawn."""
 
-        def forward(self, pixel_values, labels):
-            self.calls += not torch.is_grad_enabled()
-            if self.calls == call:
-                raise KeyboardInterrupt
-            return super().forward(pixel_values, labels)
+    def __init__(self, call: int, training: bool) -> None:
+        super().__init__()
+        self.left, self.interrupted_in_training = call, training
 
+    def forward(self, pixel_values, labels):
+        output = super().forward(pixel_values, labels)
+        self.left -= torch.is_grad_enabled() == self.interrupted_in_training
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return output
+
+
+# Three batches an evaluation, three evaluations.
+@pytest.mark.parametrize(("call", "training"), [(1, False), (2, False), (6, False), (9, False), (1, True), (7, True)])
+def test_an_interrupted_call_of_the_model_is_repeated(tmp_path, call, training):
     straight = start(tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
-        start(tmp_path / "stopped", model=Interrupted())
+        start(tmp_path / "stopped", model=Interrupted(call, training))
     resumed = start(tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "straight", straight, tmp_path / "stopped", resumed)
+
+
+def test_an_evaluation_after_its_checkpoint_is_cut_off_and_repeated(tmp_path):
+    straight = start(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "stopped", model=Interrupted(2, training=False))
+    with pytest.raises(RuntimeError):
+        start(tmp_path / "stopped", before=stop_at(1, RuntimeError()), resume=True)
+    assert timeless_log(tmp_path / "stopped")[-1]["event"] == "eval"
+    resumed = start(tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "straight", straight, tmp_path / "stopped", resumed)
+
+
+def test_a_repeated_last_evaluation_is_saved(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, model=Interrupted(8, training=False))
+    _, result = start(tmp_path, resume=True)
+    _, again = start(tmp_path, model=Interrupted(1, training=False), resume=True)
+    assert timeless(again) == timeless(result) and result.evaluation is not None
 
 
 def test_ctrl_c_within_the_optimizer_step_waits_for_its_end(tmp_path, monkeypatch):
