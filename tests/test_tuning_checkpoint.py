@@ -115,8 +115,9 @@ def test_a_repeated_last_evaluation_is_saved(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path, model=Interrupted(8, training=False))
     _, result = start(tmp_path, resume=True)
-    _, again = start(tmp_path, model=Interrupted(1, training=False), resume=True)
+    model, again = start(tmp_path, model=Interrupted(99, training=False), resume=True)
     assert timeless(again) == timeless(result) and result.evaluation is not None
+    assert model.left == 99
 
 
 def test_ctrl_c_within_the_optimizer_step_waits_for_its_end(tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def _trainable(handle: Handle) -> list[Tensor]:
     if not params or unfit:
         got = f"tensors {unfit} that are frozen, not leaves or not floating point" if params else "no tensor"
         raise ValueError(
-            f"handle.parameters(): got {got}, expected leaf tensors with requires_grad=True; unfreeze them."
+            f"handle.parameters(): got {got}, expected floating-point leaves with requires_grad=True; unfreeze them."
         )
     if len({id(param) for param in params}) < len(params):
         raise ValueError("handle.parameters(): got a tensor twice, expected each once; list shared tensors once.")
