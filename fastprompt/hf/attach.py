@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attach prompts to a transformers model in place, and take them off without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fastprompt.errors import AttachError
+from fastprompt.hf.attention import CHILD, NAME, dropout_fields, register
+from fastprompt.hf.sites import Tower, choose_tower, find_sites
+from fastprompt.hf.tokens import install_rows
+
+
+def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, train: Sequence[str] = ()) -> Handle:
+    """Freeze ``model`` and add the prompts of a recipe, in place; the model stays its own class.
+
+    The model gets its own copy of its config first, so no other model built from the same config is affected.
+
+    Args:
+        model: Any transformers model whose attention goes through the attention interface.
+        config: A recipe, e.g. ``fastprompt.VPT(length=50)``.
+        tower: ``"vision"`` or ``"text"``; required where the model has several towers.
+        train: Name patterns (``fnmatch``; a pattern also names everything below it) of base parameters that stay
+            trainable, e.g. ``("classifier",)``. They are saved with the prompts, and put back by ``detach``.
+
+    Returns:
+        A `Handle`, also a context manager that detaches.
+
+    Raises:
+        AttachError: prompts are already attached to these modules.
+        UnsupportedModelError: lists the modules that cannot hold prompts and what each is missing.
+        ValueError: ambiguous tower, attention dropout > 0, a pattern that matches nothing.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> import fastprompt
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ...                    image_size=32, patch_size=16)
+        >>> handle = fastprompt.attach(ViTModel(config), fastprompt.VPT(length=4))
+        >>> [tuple(p.shape) for p in handle.parameters()]
+        [(4, 32), (4, 32)]
+        >>> handle.detach()
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}, expected a transformers PreTrainedModel")
+    if not callable(getattr(config, "build", None)):
+        raise TypeError(f"config: got {config!r}, expected a recipe such as fastprompt.VPT(length=50)")
+    patterns = _patterns(train)
+    target = choose_tower(model, tower)
+    if target.kind != config.kind:
+        raise ValueError(
+            f"config: {type(config).__name__} is for {config.kind} towers, but this tower is {target.kind}"
+        )
+    attached = [a for a in target.attentions if hasattr(a, CHILD)]
+    if attached:
+        raise AttachError(
+            f"model: {len(attached)} attention modules of this {target.kind} tower already hold prompts; detach the "
+            "first handle before attaching another"
+        )
+    dropout = dropout_fields(target.module.config)
+    if dropout:
+        raise ValueError(
+            "model: attention dropout is on, which prompts inside attention do not draw; set "
+            + ", ".join(f"config.{name} = 0.0 (got {value})" for name, value in dropout.items())
+        )
+    handle = Handle(model, config, target)
+    try:
+        handle._attach(patterns)
+    except BaseException:
+        handle._restore()
+        raise
+    return handle
+
+
+def _patterns(train: Sequence[str]) -> tuple[str, ...]:
+    patterns = (train,) if isinstance(train, str) else tuple(train)
+    if any(not isinstance(p, str) or not p for p in patterns):
+        raise ValueError(f"train: got {train!r}, expected non-empty name patterns such as ('classifier',)")
+    return patterns
+
+
+class Handle:
+    """Prompts attached to a model: their parameters, saving, and the way back.
+
+    Attributes:
+        model: The model, of its own class.
+        config: The recipe.
+        tower: The tower that holds the prompts.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: Any, tower: Tower):
+        self.model, self.config, self.tower = model, config, tower
+        self.train: tuple[str, ...] = ()
+        self.attached = False
+        self._prompts: dict[int, nn.Module] = {}
+        self._trained: dict[str, nn.Parameter] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._configs: list[tuple[nn.Module, PreTrainedConfig]] = []
+        self._hooks: list = []
+
+    def _attach(self, train: tuple[str, ...]) -> None:
+        register()
+        self.train = train
+        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        self._own_config()
+        sites = find_sites(self.tower)
+        self._prompts = self.config.build(sites)
+        self._trained = self._match(train)
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        for name, parameter in self._trained.items():
+            self._originals[name] = parameter.detach().clone()
+            parameter.requires_grad_(True)
+        for index, prompt in self._prompts.items():
+            sites[index].attention.add_module(CHILD, prompt)
+        self._hooks = install_rows(sites)
+        self.sites = sites
+        self.attached = True
+
+    def _own_config(self) -> None:
+        """Give the model a copy of its configs and switch the tower to fastprompt's attention in the copy alone."""
+        memo: dict[int, Any] = {}
+        for module in self.model.modules():
+            config = vars(module).get("config")
+            if isinstance(config, PreTrainedConfig):
+                self._configs.append((module, config))
+                module.config = copy.deepcopy(config, memo)
+        for module in self.tower.module.modules():
+            config = vars(module).get("config")
+            if isinstance(config, PreTrainedConfig):
+                config._attn_implementation = NAME
+
+    def _match(self, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:
+        found = {}
+        parameters = dict(self.model.named_parameters())
+        for pattern in patterns:
+            names = [n for n in parameters if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+            if not names:
+                tops = sorted({n.split(".")[0] for n in parameters})
+                raise ValueError(f"train: pattern {pattern!r} matches no parameter; top-level names: {', '.join(tops)}")
+            found.update({n: parameters[n] for n in names})
+        return {n: p for n, p in parameters.items() if n in found}
+
+    def _restore(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module in self.tower.attentions:
+            if module._modules.get(CHILD) is not None and module._modules[CHILD] in self._prompts.values():
+                del module._modules[CHILD]
+        for module, config in self._configs:
+            module.config = config
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                if name in self._originals:
+                    parameter.copy_(self._originals[name])
+                    parameter.grad = None
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._hooks, self._configs, self._flags = [], [], []
+        self.attached = False
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise AttachError("handle: already detached; attach again, or load a saved prompt with fastprompt.load")
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable tensors by their stable names: ``layers.{i}.prompt``, then ``base.{name}``."""
+        for index in sorted(self._prompts):
+            for name, parameter in self._prompts[index].named_parameters():
+                yield f"layers.{index}.{name}", parameter
+        for name, parameter in self._trained.items():
+            yield f"base.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable leaf tensors: prompts in layer order (VPT: one ``[P,C]`` a layer), then those of ``train``."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable scalars."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``prompt_config.json`` and ``prompts.safetensors`` to ``directory``, each replaced atomically."""
+        from fastprompt.hf.checkpoint import save
+
+        self._check_attached()
+        save(self, Path(directory))
+
+    def bake(self) -> Handle:
+        """Freeze the prompts and keep their keys and values, for inference; returns the handle."""
+        self._check_attached()
+        for prompt in self._prompts.values():
+            prompt.bake()
+        return self
+
+    def detach(self) -> None:
+        """Restore the model bit for bit: outputs, values, configs and ``requires_grad`` flags."""
+        self._check_attached()
+        self._restore()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.attached:
+            self.detach()
+
+    def __repr__(self) -> str:
+        state = f"{self.num_trainable:,} trainable" if self.attached else "detached"
+        return f"Handle({type(self.model).__name__}, {self.config!r}, tower={self.tower.kind!r}, {state})"

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that transformers calls: prompts inside attention, the model's own keys untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from fastprompt.ops import prompt_attention
+
+#: The registered name; without "sdpa", "flash" or "/", which transformers gives a meaning.
+NAME = "fastprompt"
+
+#: The child module that carries a layer's prompt, on its attention module.
+CHILD = "fastprompt"
+
+_observers: list[Callable] = []
+
+
+def register() -> None:
+    """Register the attention function with its mask function; one without the other drops every mask silently."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def observe(observer: Callable[[nn.Module, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``observer(module, query, key, value)`` at every attention call inside the context."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of one layer as transformers calls it; a module without prompts runs PyTorch's own attention.
+
+    Args:
+        module: The attention module; its child `CHILD`, if any, gives this layer's prompt keys and values.
+        query: ``[B,Hq,Tq,D]``.
+        key: ``[B,Hkv,Tk,D]``, rotated, from the cache.
+        value: ``[B,Hkv,Tk,D]``.
+        attention_mask: bool or additive ``[B,1,Tq,Tk]`` over instance keys, or None.
+        dropout: Must be 0 where prompts are.
+        scaling: Softmax scale.
+        is_causal: Beats ``module.is_causal``; as in transformers, an explicit mask beats both.
+        **kwargs: What else the model passes, e.g. ``output_attentions``; only PyTorch's own attention reads it.
+
+    Returns:
+        ``([B,Tq,Hq,D], None)``.
+    """
+    for observer in _observers:
+        observer(module, query, key, value)
+    child = getattr(module, CHILD, None)
+    prompt = None if child is None else child.key_value()
+    if prompt is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    if dropout:
+        raise ValueError(
+            f"dropout: got {dropout} at an attention module with prompts, expected 0.0; set the attention dropout of "
+            "the model's config to 0 before attaching"
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    out = prompt_attention(query, key, value, *prompt, attn_mask=attention_mask, is_causal=causal, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def dropout_fields(config: object) -> dict[str, float]:
+    """Names and values of the attention dropout fields of a model config that are not 0."""
+    fields = vars(config)
+    return {
+        name: value
+        for name, value in fields.items()
+        if "att" in name and "drop" in name and isinstance(value, float) and value > 0
+    }

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved prompts: ``prompt_config.json`` and ``prompts.safetensors``, each bound to the other by sha256; never pickle.
+
+Names are our own and stable (``layers.{i}.prompt``, ``base.{parameter}``), so a file outlives renamed model classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fastprompt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from fastprompt.hf.attach import Handle
+    from fastprompt.hf.sites import Site
+
+FORMAT = 1
+CONFIG, TENSORS = "prompt_config.json", "prompts.safetensors"
+# Weights of a base model are compared after rounding to bfloat16 or float16, so that a cast model still matches.
+WEIGHT_TOLERANCE = 2**-7
+
+
+def save(handle: Handle, directory: Path) -> None:
+    """Write both files; each appears whole or not at all, and the old pair stays until both are on disk."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in handle.named_parameters()}
+    data = save_tensors(tensors)
+    content = {
+        "format": FORMAT,
+        "method": type(handle.config).__name__,
+        "config": asdict(handle.config),
+        "tower": handle.tower.kind,
+        "train": list(handle.train),
+        "base": describe_base(handle),
+        "tensors": {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in tensors.items()},
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    content["sha256"] = _digest(content)
+    text = json.dumps(content, indent=2, allow_nan=False).encode()
+    directory.mkdir(parents=True, exist_ok=True)
+    staged = [(_stage(directory, data), directory / TENSORS), (_stage(directory, text), directory / CONFIG)]
+    for temporary, final in staged:
+        os.replace(temporary, final)
+
+
+def _stage(directory: Path, data: bytes) -> str:
+    """Write ``data`` to a temporary file beside its destination, flushed to disk."""
+    descriptor, name = tempfile.mkstemp(dir=directory, prefix=".saving-")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return name
+
+
+def _digest(content: dict[str, Any]) -> str:
+    canonical = json.dumps({k: v for k, v in content.items() if k != "sha256"}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Both files, verified.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable, truncated or changed, or written by a newer format.
+    """
+    files = {}
+    for name in (CONFIG, TENSORS):
+        try:
+            files[name] = (directory / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"directory: cannot read {directory / name} ({error.strerror}), expected {CONFIG} and {TENSORS} as "
+                "written by handle.save(directory)"
+            ) from error
+    try:
+        content = json.loads(files[CONFIG])
+    except ValueError as error:
+        raise CheckpointError(f"{directory / CONFIG}: not valid JSON ({error}); the file is damaged") from error
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise CheckpointError(f"{directory / CONFIG}: got no 'sha256' entry, expected a file written by handle.save")
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory / CONFIG}: got format {content.get('format')!r}, expected {FORMAT}; "
+            "it was written by another version of fastprompt"
+        )
+    for what, got, expected in (
+        (CONFIG, _digest(content), content["sha256"]),
+        (TENSORS, hashlib.sha256(files[TENSORS]).hexdigest(), content.get("tensors_sha256")),
+    ):
+        if got != expected:
+            raise CheckpointError(
+                f"{directory / what}: got sha256 {got}, expected {expected}; the file was truncated or changed"
+            )
+    try:
+        tensors = load_tensors(files[TENSORS])
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory / TENSORS}: not a safetensors file ({error})") from error
+    return content, tensors
+
+
+def describe_base(handle: Handle) -> dict[str, Any]:
+    """What identifies the base model: the shape of its tower, and a few of its frozen weights a layer."""
+    site = handle.sites[0]
+    return {
+        "class": type(handle.tower.module).__name__,
+        "layers": len(handle.sites),
+        "width": site.width,
+        "kv_heads": site.key.heads,
+        "head_dim": site.head_dim,
+        "weights": {str(s.index): _sample(s) for s in handle.sites if not _trained(handle, s)},
+    }
+
+
+def _trained(handle: Handle, site: Site) -> bool:
+    trained = {id(p) for p in handle.model.parameters() if p.requires_grad}
+    return any(id(p) in trained for p in site.key.linear.parameters())
+
+
+def _sample(site: Site) -> list[float]:
+    """Four weights of the layer's key projection."""
+    weight = next(site.key.linear.parameters()).detach().flatten()
+    places = torch.linspace(0, weight.numel() - 1, 4, device=weight.device).long()
+    return [float(x) for x in weight[places]]
+
+
+def check_base(content: dict[str, Any], handle: Handle) -> None:
+    """Raise CheckpointError unless the handle's base model is the one the prompts were trained on."""
+    saved, got = content["base"], describe_base(handle)
+    for key in ("layers", "width", "kv_heads", "head_dim"):
+        if saved[key] != got[key]:
+            raise CheckpointError(
+                f"model: got {key} {got[key]} ({got['class']}), expected {saved[key]} ({saved['class']}); "
+                "the prompts belong to another base model"
+            )
+    for layer in saved["weights"].keys() & got["weights"].keys():
+        for a, b in zip(saved["weights"][layer], got["weights"][layer], strict=True):
+            if abs(a - b) > WEIGHT_TOLERANCE * max(abs(a), abs(b)):
+                raise CheckpointError(
+                    f"model: the key projection of layer {layer} holds {b:.6g} where the prompts' base model held "
+                    f"{a:.6g}; load the weights that the prompts were trained on ({saved['class']})"
+                )
+
+
+def check_tensors(tensors: dict[str, Tensor], handle: Handle) -> None:
+    """Raise CheckpointError unless names and shapes are those of the handle's parameters."""
+    expected = dict(handle.named_parameters())
+    if tensors.keys() != expected.keys():
+        raise CheckpointError(
+            f"tensors: got {sorted(tensors.keys() - expected.keys())} too many and "
+            f"{sorted(expected.keys() - tensors.keys())} missing for {type(handle.model).__name__}; "
+            "load into the model class that was saved, with the same head"
+        )
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{name}: got shape {list(tensors[name].shape)}, expected {list(parameter.shape)} in this model"
+            )

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that hold learned prompts and give attention their keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Site(Protocol):
+    """What a prompt needs to know of a layer: how its own weights turn rows into keys and values."""
+
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[Hkv,P,D]`` of rows ``[P,C]`` at the layer's input."""
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The tensors that `project` reads."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of rows at the layer's input, outside autocast."""
+
+
+class ProjectedPrompt(nn.Module):
+    """A learned prompt of one layer, seen as keys and values through the layer's own norm and projections (I2).
+
+    ``K_p = k_norm(W_k norm(p))``, ``V_p = W_v norm(p)``: what the prompt's rows would contribute as tokens, computed once
+    for the whole batch. With gradients off, keys and values are kept until the prompt or a weight changes.
+
+    Args:
+        prompt: Initial value ``[P, C]``; the parameter is float32 (float64 for a float64 model).
+        site: The layer.
+        inserted: The prompt's rows live on in the next layer, so they run as tokens there and here; attention then sees
+            them among the instance keys and `key_value` gives None.
+
+    Example:
+        >>> import torch
+        >>> class Identity:
+        ...     dtype = torch.float32
+        ...     def project(self, rows): return rows.unsqueeze(0), rows.unsqueeze(0)
+        ...     def weights(self): return ()
+        >>> keys, values = ProjectedPrompt(torch.zeros(5, 8), Identity()).key_value()
+        >>> keys.shape
+        torch.Size([1, 5, 8])
+    """
+
+    def __init__(self, prompt: Tensor, site: Site, inserted: bool = False):
+        super().__init__()
+        self.prompt = nn.Parameter(prompt)
+        self.site = site
+        self.inserted = inserted
+        self._kept: tuple[tuple, tuple[Tensor, Tensor]] | None = None
+        self._baked = False
+
+    def extra_repr(self) -> str:
+        length, width = self.prompt.shape
+        return f"length={length}, width={width}, inserted={self.inserted}, baked={self._baked}"
+
+    def rows(self) -> Tensor:
+        """The prompt ``[P,C]`` in the dtype of the layer's input."""
+        return self.prompt.to(self.site.dtype)
+
+    def key_value(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[Hkv,P,D]`` of this step, or None where the rows run as tokens."""
+        if self.inserted:
+            return None
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not self._baked):
+            return self.site.project(self.rows())
+        stamp = self._stamp()
+        if self._kept is None or self._kept[0] != stamp:
+            with torch.no_grad():
+                self._kept = (stamp, self.site.project(self.rows()))
+        return self._kept[1]
+
+    def _stamp(self) -> tuple:
+        """Changes whenever the keys would: an in-place update, a replaced tensor, another device or autocast dtype."""
+        device = self.prompt.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return (autocast, *((x.data_ptr(), x._version, x.dtype) for x in (self.prompt, *self.site.weights())))
+
+    def bake(self) -> None:
+        """Freeze the prompt; keys and values are computed once and used in training mode too."""
+        self.prompt.requires_grad_(False)
+        self._baked = True
+
+
+def vpt_uniform(length: int, width: int, patch_values: int, generator: torch.Generator | None = None) -> Tensor:
+    """VPT's initialisation: uniform in ``±sqrt(6 / (patch_values + width))``, Glorot's bound of a patch embedding.
+
+    Args:
+        length: Number of prompts P.
+        width: Model width C.
+        patch_values: Numbers in one patch, ``channels * patch_height * patch_width``.
+        generator: Source of randomness; None is torch's default.
+
+    Returns:
+        float32 ``[length, width]``.
+
+    Example:
+        >>> bound = vpt_uniform(1000, 768, 3 * 16 * 16).abs().max()
+        >>> bool(bound < 0.0625)
+        True
+
+    https://arxiv.org/abs/2203.12119
+    """
+    bound = math.sqrt(6.0 / (patch_values + width))
+    return torch.empty(length, width).uniform_(-bound, bound, generator=generator)

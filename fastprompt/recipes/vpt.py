@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Visual prompt tuning: learned tokens before every layer (deep) or the first (shallow) of a frozen vision transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.nn.prompts import ProjectedPrompt, vpt_uniform
+
+if TYPE_CHECKING:
+    from fastprompt.hf.sites import Site
+
+
+@dataclass(frozen=True)
+class VPT:
+    """Visual prompt tuning (Jia et al., 2022, https://arxiv.org/abs/2203.12119), exact and without dead rows.
+
+    Deep prompts are fresh tokens before each chosen layer; the tokens of the layer before are thrown away, so they
+    matter only as keys and values and are computed once a step, not once a sample (identity I2). Where no fresh prompt
+    follows (shallow, or after the last layer of a partial depth) the rows run as tokens until the last layer.
+
+    Args:
+        length: Prompts a layer, P >= 1 (the paper's default is 5; 10 to 100 are common).
+        depth: ``"deep"``: all of ``layers``; ``"shallow"``: the first layer alone.
+        layers: For ``"deep"``: layer numbers from 0 (negative counts from the end); None is every layer.
+        init: ``"vpt"``: uniform in ``±sqrt(6 / (patch values + width))`` as published; ``"normal"``: N(0, 0.02²) as in
+            CLIP prompt learning; ``"zeros"``.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> import fastprompt, torch
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ...                    image_size=32, patch_size=16)
+        >>> model = ViTModel(config)
+        >>> with fastprompt.attach(model, fastprompt.VPT(length=4)) as handle:
+        ...     handle.num_trainable, model(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape
+        (256, torch.Size([1, 5, 32]))
+    """
+
+    length: int
+    depth: str = "deep"
+    layers: Sequence[int] | None = None
+    init: str = "vpt"
+
+    kind = "vision"
+
+    def __post_init__(self):
+        if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
+            raise ValueError(f"length: got {self.length!r}, expected an integer >= 1 (prompts a layer)")
+        if self.depth not in ("deep", "shallow"):
+            raise ValueError(f"depth: got {self.depth!r}, expected 'deep' or 'shallow'")
+        if self.init not in _INITS:
+            raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(map(repr, _INITS))}")
+        if self.layers is not None:
+            if self.depth == "shallow":
+                raise ValueError("layers: shallow prompts enter the first layer only; use depth='deep' with layers=...")
+            layers = tuple(self.layers)
+            if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
+                raise ValueError(f"layers: got {self.layers!r}, expected a non-empty sequence of layer numbers or None")
+            object.__setattr__(self, "layers", layers)
+
+    def chosen(self, count: int) -> list[int]:
+        """The layers that get a fresh prompt, ascending, in a tower of ``count`` layers."""
+        if self.depth == "shallow":
+            return [0]
+        if self.layers is None:
+            return list(range(count))
+        bad = [i for i in self.layers if not -count <= i < count]
+        chosen = sorted({i % count for i in self.layers if i not in bad})
+        if bad or len(chosen) != len(self.layers):
+            raise ValueError(f"layers: got {list(self.layers)}, expected distinct numbers in [-{count}, {count - 1}]")
+        return chosen
+
+    def build(self, sites: list[Site]) -> dict[int, nn.Module]:
+        """One prompt module for every chosen layer."""
+        chosen = self.chosen(len(sites))
+        last = len(sites) - 1
+        prompts = {}
+        for i in chosen:
+            site = sites[i]
+            dtype = torch.promote_types(site.dtype, torch.float32)
+            initial = _INITS[self.init](self.length, site).to(next(site.layer.parameters()).device, dtype)
+            prompts[i] = ProjectedPrompt(initial, site, inserted=i < last and i + 1 not in chosen)
+        return prompts
+
+
+def _published(length: int, site: Site) -> Tensor:
+    if site.patch_values is None:
+        raise ValueError("init: 'vpt' needs the patch size, which the model's config lacks; use init='normal'")
+    return vpt_uniform(length, site.width, site.patch_values)
+
+
+_INITS = {
+    "vpt": _published,
+    "normal": lambda length, site: torch.randn(length, site.width) * 0.02,
+    "zeros": lambda length, site: torch.zeros(length, site.width),
+}
