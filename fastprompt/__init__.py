@@ -28,7 +28,10 @@ _WHERE = {
     "recipes": "",
 }
 
-__all__ = ["__version__", *_WHERE]
+__all__ = [
+    "VPT", "AssetError", "AttachError", "CheckpointError", "DataError", "ImplUnavailableError", "UnsupportedModelError",
+    "__version__", "attach", "check_finite", "explain", "load", "nn", "ops", "recipes",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from fastprompt import nn, ops, recipes

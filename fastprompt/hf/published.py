@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual prompt tuning as published: prompts inserted as tokens, every row computed. The baseline of tests and figures."""
+"""Visual prompt tuning as published: prompts inserted as tokens, every row computed (the baseline)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastprompt.hf.sites import choose_tower
 class InsertedPrompts:
     """VPT's own formulation on a transformers vision tower, by hooks on its layers.
 
-    ``x <- [x_1..x_at; p_l; x_at+1..]`` before every layer l that has a prompt (replacing the rows of the prompt before),
-    each prompt copied for every sample; rows are stripped behind the last layer. The same maths as ``attach`` with
-    `VPT`, without identity I2. The model is frozen and otherwise untouched.
+    ``x <- [x_1..x_at; p_l; x_at+1..]`` before every layer l that has a prompt (replacing the rows of the
+    prompt before), each prompt copied for every sample; rows are stripped behind the last layer. The same maths as
+    ``attach`` with `VPT`, without identity I2. The model is frozen and otherwise untouched.
 
     Args:
         model: A transformers vision model, or one with ``tower="vision"``.

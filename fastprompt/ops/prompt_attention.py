@@ -140,8 +140,8 @@ def _check_mask(attn_mask: Tensor | None, full: tuple[int, ...]) -> None:
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(shape) != 4 or any(got not in (1, want) for got, want in zip(shape, full, strict=True)):
         raise ValueError(
-            f"attn_mask: got shape {list(attn_mask.shape)}, expected one that broadcasts to [B,Hq,Tq,Tk] = {list(full)}; "
-            "prompt keys are always visible and take no mask column"
+            f"attn_mask: got shape {list(attn_mask.shape)}, expected one that broadcasts to [B,Hq,Tq,Tk] = "
+            f"{list(full)}; prompt keys are always visible and take no mask column"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual prompt tuning: learned tokens before every layer (deep) or the first (shallow) of a frozen vision transformer."""
+"""Visual prompt tuning: learned tokens before every layer (deep) or the first (shallow)."""
 
 from __future__ import annotations
 
