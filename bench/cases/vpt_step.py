@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole training step (forward and backward) of deep visual prompts on DINOv2-S, 224 px, bfloat16 autocast.
 
-Providers: `published` (prompts inserted as tokens in every layer), `kv_concat` (keys and values of prompts computed once
-a step, concatenated for SDPA), `fastprompt`, and the `floor`: the same frozen model without prompts, gradients flowing
-down to the embedding output. All train the same linear head.
+Providers: `published` (prompts inserted as tokens in every layer), `kv_concat` (keys and values of prompts computed
+once a step, concatenated for SDPA), `fastprompt`, and the `floor`: the same frozen model without prompts, gradients
+flowing down to the embedding output. All train the same linear head.
 """
 
 from __future__ import annotations

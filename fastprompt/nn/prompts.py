@@ -28,7 +28,7 @@ class ProjectedPrompt(nn.Module):
     """A learned prompt of one layer, seen as keys and values through the layer's own norm and projections (I2).
 
     ``K_p = k_norm(W_k norm(p))``, ``V_p = W_v norm(p)``: what the prompt's rows would contribute as tokens,
-    computed once for the whole batch. With gradients off, keys and values are kept until the prompt or a weight changes.
+    computed once for the whole batch. With gradients off, both are kept until the prompt or a weight changes.
 
     Args:
         prompt: Initial value ``[P, C]``; the parameter is float32 (float64 for a float64 model).
