@@ -52,26 +52,6 @@ def summary(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str,
     return rows
 
 
-def peak_memory(step: Callable[[], Any]) -> int:
-    """Bytes that the first two steps need on top of what is held before (CPU: resident set, in a fresh process)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(), step()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    step(), step()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
 def machine(device: str) -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from bench import cases
-from bench.measure import interleave, machine, peak_memory, summary
+from bench.measure import interleave, machine, summary
+from fastprompt.tuning.memory import peak_memory
 
 
 def names() -> list[str]:
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     overrides = {name: int(value) for name, value in (item.split("=", 1) for item in args.set)}
     case = importlib.import_module(f"bench.cases.{args.case}").build(args.device, **overrides)
     if args.memory_of:
-        print(peak_memory(case.providers[args.memory_of]()))
+        step = case.providers[args.memory_of]()
+        print(peak_memory(lambda: (step(), step())))
         return 0
     differences = case.check()
     print(f"{case.name}: providers agree: {differences}", file=sys.stderr)

@@ -140,5 +140,5 @@ def _check_folder(folder: Path | None, config: TuneConfig, resume: bool) -> None
     elif not resume and (folder / CHECKPOINT).exists():
         raise FileExistsError(
             f"out_dir: got {folder} with the {CHECKPOINT} of an earlier run, expected a folder without one; "
-            "pass resume=True to go on with that run, or choose another folder."
+            "pass resume=True (--resume) to go on with that run, or choose another folder."
         )

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, end to end on a tiny model and tiny images."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from fastprompt.cli import main
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for level, name in ((40, "dark"), (210, "light")):
+        (root / name).mkdir()
+        for i in range(6):
+            pixels = np.clip(rng.normal(level, 10, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny_vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def tune_arguments(photos, tiny_vit, out, *extra):
+    return [
+        "tune", "--model", str(tiny_vit), "--data", str(photos), "--shots", "4", "--image-size", "32", "--length", "3",
+        "--epochs", "8", "--batch-size", "4", "--autocast", "off", "--out", str(out), *extra,
+    ]  # fmt: skip
+
+
+def test_tune_eval_inspect(photos, tiny_vit, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(tune_arguments(photos, tiny_vit, out)) == 0
+    tuned = capsys.readouterr().out
+    assert "accuracy 100.0 % on 4 images" in tuned
+    names = {p.name for p in out.iterdir()}
+    assert names == {"prompts.safetensors", "prompt_config.json", "checkpoint.safetensors", "log.jsonl", "curves.png",
+                     "run.json"}  # fmt: skip
+    assert main(["eval", str(out)]) == 0
+    evaluated = capsys.readouterr().out
+    assert evaluated.splitlines()[0] in tuned
+    assert main(["eval", str(out), "--data", str(photos)]) == 0
+    assert "on 12 images" in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "VPT(length=3" in shown and "layers.1.prompt" in shown and "3x32" in shown
+    assert main(tune_arguments(photos, tiny_vit, out)) == 1
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_interrupted_run_resumes_to_the_same_bits(photos, tiny_vit, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(tune_arguments(photos, tiny_vit, whole)) == 0
+    from fastprompt.tuning import loop
+
+    taken = loop.Run._take_step
+
+    def interrupt(self):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return taken(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_take_step", interrupt)
+        assert main(tune_arguments(photos, tiny_vit, parts)) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not (parts / "prompts.safetensors").exists()
+    assert main(tune_arguments(photos, tiny_vit, parts, "--resume")) == 0
+    for name in ("prompts.safetensors", "prompt_config.json"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "--data", "nowhere", "--out", "{out}"], "nowhere"),
+        (["tune", "--model", "nowhere", "--data", "{photos}", "--out", "{out}"], "expected 'dinov2-small' or a local"),
+        (["tune", "--length", "0", "--data", "{photos}", "--out", "{out}"], "length: got 0"),
+        (["eval", "{out}"], "run.json"),
+        (["inspect", "{out}"], "prompt_config.json"),
+        (["assets", "fetch", "nope"], "dinov2-small"),
+        (["assets", "verify"], "NAME: got none"),
+    ],
+)
+def test_clear_errors(arguments, message, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([a.format(out=out, photos=photos) for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_too_many_shots_names_the_class(photos, tiny_vit, tmp_path, capsys):
+    arguments = tune_arguments(photos, tiny_vit, tmp_path / "out")
+    arguments[arguments.index("--shots") + 1] = "9"
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "dark" in error and "9" in error
+
+
+def test_wrong_usage_exits_2(capsys):
+    for arguments in ([], ["tune"], ["nonsense"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "tune", "eval", "info", "inspect", "assets"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "example:\n  fastprompt " + command in capsys.readouterr().out
+
+
+def test_info_says_what_runs_and_why(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "prompt_attention: cpu" in shown or "prompt_attention: triton" in shown
+    assert "not cpp" in shown and "torch" in shown
+
+
+def test_assets_list(capsys):
+    assert main(["assets"]) == 0
+    shown = capsys.readouterr().out
+    assert "dinov2-small" in shown and "Apache-2.0" in shown
+
+
+def test_inspect_refuses_a_tampered_file(photos, tiny_vit, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(tune_arguments(photos, tiny_vit, out)) == 0
+    config = json.loads((out / "prompt_config.json").read_text())
+    config["config"]["length"] = 4
+    (out / "prompt_config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(out)]) == 1
+    assert "sha256" in capsys.readouterr().err
