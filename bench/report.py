@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables from the committed results: ``python -m bench.report``."""
+"""Write the tables of README.md and bench/results/README.md from the committed results: ``python -m bench.report``."""
 
 from __future__ import annotations
 
@@ -54,11 +54,43 @@ def vpt_step_block() -> str:
     return f"{params['prompts']} prompts in each of {params['layers']} layers:\n\n" + "\n".join(lines)
 
 
+def results_block() -> str:
+    """Every JSON-lines file of benchmark cases, one table a set of parameters."""
+    parts = []
+    for file in sorted(RESULTS.glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        if "case" not in rows[0]:
+            continue
+        tables: dict[str, list[dict]] = {}
+        for row in rows:
+            tables.setdefault(json.dumps(row["params"]), []).append(row)
+        parts.append(f"## `{rows[0]['case']}` ([{file.name}]({file.name}))")
+        for params, group in tables.items():
+            machine = group[0]["machine"]
+            settings = ", ".join(f"{k} {v}" for k, v in json.loads(params).items())
+            baseline = group[0]["baseline"]
+            lines = [f"| provider | p50 ms | p20 | p80 | against {baseline} | peak MiB |", "|---|---|---|---|---|---|"]
+            for r in group:
+                times = " | ".join(f"{1e3 * r[k]:,.1f}" for k in ("p50_s", "p20_s", "p80_s"))
+                peak = r["peak_bytes"] / 2**20
+                lines.append(f"| {r['provider']} | {times} | {r['ratio_p50']:.3f}x | {peak:,.0f} |")
+            where = (
+                f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date'][:10]}"
+            )
+            parts += [f"{settings}. {where}.", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    """Rewrite the README's tables."""
-    readme = ROOT / "README.md"
-    text = replace_block(readme.read_text(), "demo", demo_block())
-    readme.write_text(replace_block(text, "vpt_step", vpt_step_block()))
+    """Rewrite the tables."""
+    for file, blocks in (
+        (ROOT / "README.md", {"demo": demo_block, "vpt_step": vpt_step_block}),
+        (RESULTS / "README.md", {"results": results_block}),
+    ):
+        text = file.read_text()
+        for name, make in blocks.items():
+            text = replace_block(text, name, make())
+        file.write_text(text)
 
 
 if __name__ == "__main__":

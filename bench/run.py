@@ -28,10 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds; every provider runs once a round")
     parser.add_argument("--json", type=Path, help="append one JSON line a provider to this file")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="integer parameters of the case")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the case")
     parser.add_argument("--memory-of", metavar="PROVIDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    overrides = {name: int(value) for name, value in (item.split("=", 1) for item in args.set)}
+    given = dict(item.split("=", 1) for item in args.set)
+    overrides = {name: int(value) if value.isdigit() else value for name, value in given.items()}
     case = importlib.import_module(f"bench.cases.{args.case}").build(args.device, **overrides)
     if args.memory_of:
         step = case.providers[args.memory_of]()

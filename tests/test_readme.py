@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import demo_block, replace_block, vpt_step_block
+from bench.report import demo_block, replace_block, results_block, vpt_step_block
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
 
 
@@ -19,7 +20,14 @@ def test_python_block_runs(number, tmp_path, monkeypatch):
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), {})
 
 
-@pytest.mark.parametrize(("name", "make"), [("demo", demo_block), ("vpt_step", vpt_step_block)])
-def test_table_comes_from_its_results_file(name, make):
-    text = README.read_text()
+@pytest.mark.parametrize(
+    ("file", "name", "make"),
+    [
+        ("README.md", "demo", demo_block),
+        ("README.md", "vpt_step", vpt_step_block),
+        ("bench/results/README.md", "results", results_block),
+    ],
+)
+def test_table_comes_from_its_results_file(file, name, make):
+    text = (ROOT / file).read_text()
     assert replace_block(text, name, make()) == text
