@@ -121,7 +121,7 @@ class Handle:
             self._originals[name] = parameter.detach().clone()
             parameter.requires_grad_(True)
         for index, prompt in self._prompts.items():
-            sites[index].attention.add_module(CHILD, prompt)
+            sites[index].attention.add_module(CHILD, prompt.train(sites[index].attention.training))
         self._hooks = install_rows(sites)
         self.sites = sites
         self.attached = True
@@ -173,10 +173,10 @@ class Handle:
             raise AttachError("handle: already detached; attach again, or load a saved prompt with fastprompt.load")
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable tensors by their stable names: ``layers.{i}.prompt``, then ``base.{name}``."""
-        for index in sorted(self._prompts):
-            for name, parameter in self._prompts[index].named_parameters():
-                yield f"layers.{index}.{name}", parameter
+        """Trainable tensors by their stable names: ``layers.{i}.prompt``, what else a recipe learns, ``base.{name}``."""
+        found = [(i, n, p) for i in sorted(self._prompts) for n, p in self._prompts[i].named_parameters()]
+        for index, name, parameter in sorted(found, key=lambda entry: entry[1] != "prompt"):
+            yield f"layers.{index}.{name}", parameter
         for name, parameter in self._trained.items():
             yield f"base.{name}", parameter
 

@@ -35,6 +35,10 @@ class ProjectedPrompt(nn.Module):
         site: The layer.
         inserted: The prompt's rows live on in the next layer, so they run as tokens there and here; attention then sees
             them among the instance keys and `key_value` gives None.
+        projection: Maps the prompt ``[P, d]`` to rows ``[P, C]``; None where d = C.
+        owner: The projection is shared by all layers; one of them registers it.
+        dropout: Probability of dropping an element of the rows in training mode. One draw serves the whole batch: a draw
+            for every sample would make keys and values per sample.
 
     Example:
         >>> import torch
@@ -47,28 +51,50 @@ class ProjectedPrompt(nn.Module):
         torch.Size([1, 5, 8])
     """
 
-    def __init__(self, prompt: Tensor, site: Site, inserted: bool = False):
+    def __init__(
+        self,
+        prompt: Tensor,
+        site: Site,
+        inserted: bool = False,
+        *,
+        projection: nn.Module | None = None,
+        owner: bool = True,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.prompt = nn.Parameter(prompt)
         self.site = site
         self.inserted = inserted
+        self.dropout = dropout
+        if owner:
+            self.projection = projection
+        # In a list it is not a submodule, so that a model's state dict holds a shared projection once.
+        self._projection = [] if projection is None else [projection]
         self._kept: tuple[tuple, tuple[Tensor, Tensor]] | None = None
         self._baked = False
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         length, width = self.prompt.shape
-        return f"length={length}, width={width}, inserted={self.inserted}, baked={self._baked}"
+        return f"length={length}, width={width}, dropout={self.dropout}, inserted={self.inserted}, baked={self._baked}"
 
     def rows(self) -> Tensor:
-        """The prompt ``[P,C]`` in the dtype of the layer's input."""
-        return self.prompt.to(self.site.dtype)
+        """The prompt's rows ``[P,C]`` in the dtype of the layer's input."""
+        rows: Tensor = self.prompt
+        for projection in self._projection:
+            rows = projection(rows)
+        if self._drops():
+            rows = nn.functional.dropout(rows, self.dropout)
+        return rows.to(self.site.dtype)
+
+    def _drops(self) -> bool:
+        return self.dropout > 0 and self.training and not self._baked
 
     def key_value(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values ``[Hkv,P,D]`` of this step, or None where the rows run as tokens."""
         if self.inserted:
             return None
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not self._baked):
+        if torch.compiler.is_compiling() or self._drops() or (torch.is_grad_enabled() and not self._baked):
             return self.site.project(self.rows())
         stamp = self._stamp()
         if self._kept is None or self._kept[0] != stamp:
@@ -80,11 +106,14 @@ class ProjectedPrompt(nn.Module):
         """Changes whenever the keys would: an in-place update, a replaced tensor, another device or autocast dtype."""
         device = self.prompt.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (autocast, *((x.data_ptr(), x._version, x.dtype) for x in (self.prompt, *self.site.weights())))
+        projections = (p for m in self._projection for p in m.parameters())
+        tensors = (self.prompt, *projections, *self.site.weights())
+        return (autocast, *((x.data_ptr(), x._version, x.dtype) for x in tensors))
 
     def bake(self) -> None:
         """Freeze the prompt; keys and values are computed once and used in training mode too."""
-        self.prompt.requires_grad_(False)
+        for parameter in (self.prompt, *(p for m in self._projection for p in m.parameters())):
+            parameter.requires_grad_(False)
         self._baked = True
 
 

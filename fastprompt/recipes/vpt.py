@@ -30,6 +30,10 @@ class VPT:
         layers: For ``"deep"``: layer numbers from 0 (negative counts from the end); None is every layer.
         init: ``"vpt"``: uniform in ``±sqrt(6 / (patch values + width))`` as published; ``"normal"``: N(0, 0.02²) as in
             CLIP prompt learning; ``"zeros"``.
+        project: Learn prompts of this width and map them to the model's by one linear layer that all layers share (the
+            paper's option PROJECT); None learns them in the model's width.
+        dropout: Probability of dropping a prompt element in training mode. The paper's code draws for every sample; here
+            one draw serves the batch, which keeps keys and values shared.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -46,12 +50,18 @@ class VPT:
     depth: str = "deep"
     layers: Sequence[int] | None = None
     init: str = "vpt"
+    project: int | None = None
+    dropout: float = 0.0
 
     kind = "vision"
 
     def __post_init__(self):
-        if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
+        if not _count(self.length):
             raise ValueError(f"length: got {self.length!r}, expected an integer >= 1 (prompts a layer)")
+        if self.project is not None and not _count(self.project):
+            raise ValueError(f"project: got {self.project!r}, expected an integer >= 1 (width of a prompt) or None")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout!r}, expected a probability in [0, 1)")
         if self.depth not in ("deep", "shallow"):
             raise ValueError(f"depth: got {self.depth!r}, expected 'deep' or 'shallow'")
         if self.init not in _INITS:
@@ -79,24 +89,37 @@ class VPT:
     def build(self, sites: list[Site]) -> dict[int, nn.Module]:
         """One prompt module for every chosen layer."""
         chosen = self.chosen(len(sites))
-        last = len(sites) - 1
-        prompts = {}
+        first, last = sites[chosen[0]], len(sites) - 1
+        width = self.project or first.width
+        device = next(first.layer.parameters()).device
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        projection = None
+        if self.project:
+            projection = nn.Linear(width, first.width)
+            nn.init.kaiming_normal_(projection.weight, a=0, mode="fan_out")
+            projection.to(device, dtype)
+        prompts: dict[int, nn.Module] = {}
         for i in chosen:
-            site = sites[i]
-            dtype = torch.promote_types(site.dtype, torch.float32)
-            initial = _INITS[self.init](self.length, site).to(next(site.layer.parameters()).device, dtype)
-            prompts[i] = ProjectedPrompt(initial, site, inserted=i < last and i + 1 not in chosen)
+            initial = _INITS[self.init](self.length, width, sites[i]).to(device, dtype)
+            prompts[i] = ProjectedPrompt(
+                initial, sites[i], inserted=i < last and i + 1 not in chosen,
+                projection=projection, owner=i == chosen[0], dropout=self.dropout,
+            )  # fmt: skip
         return prompts
 
 
-def _published(length: int, site: Site) -> Tensor:
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _published(length: int, width: int, site: Site) -> Tensor:
     if site.patch_values is None:
         raise ValueError("init: 'vpt' needs the patch size, which the model's config lacks; use init='normal'")
-    return vpt_uniform(length, site.width, site.patch_values)
+    return vpt_uniform(length, width, site.patch_values)
 
 
 _INITS = {
     "vpt": _published,
-    "normal": lambda length, site: torch.randn(length, site.width) * 0.02,
-    "zeros": lambda length, site: torch.zeros(length, site.width),
+    "normal": lambda length, width, site: torch.randn(length, width) * 0.02,
+    "zeros": lambda length, width, site: torch.zeros(length, width),
 }
