@@ -173,7 +173,7 @@ class Handle:
             raise AttachError("handle: already detached; attach again, or load a saved prompt with fastprompt.load")
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable tensors by their stable names: ``layers.{i}.prompt``, what else a recipe learns, ``base.{name}``."""
+        """Trainable tensors by stable names: ``layers.{i}.prompt``, what else a recipe learns, then ``base.{name}``."""
         found = [(i, n, p) for i in sorted(self._prompts) for n, p in self._prompts[i].named_parameters()]
         for index, name, parameter in sorted(found, key=lambda entry: entry[1] != "prompt"):
             yield f"layers.{index}.{name}", parameter

@@ -37,8 +37,8 @@ class ProjectedPrompt(nn.Module):
             them among the instance keys and `key_value` gives None.
         projection: Maps the prompt ``[P, d]`` to rows ``[P, C]``; None where d = C.
         owner: The projection is shared by all layers; one of them registers it.
-        dropout: Probability of dropping an element of the rows in training mode. One draw serves the whole batch: a draw
-            for every sample would make keys and values per sample.
+        dropout: Probability of dropping an element of the rows in training mode. One draw serves the whole batch: one a
+            sample would make keys and values per sample.
 
     Example:
         >>> import torch

@@ -32,8 +32,8 @@ class VPT:
             CLIP prompt learning; ``"zeros"``.
         project: Learn prompts of this width and map them to the model's by one linear layer that all layers share (the
             paper's option PROJECT); None learns them in the model's width.
-        dropout: Probability of dropping a prompt element in training mode. The paper's code draws for every sample; here
-            one draw serves the batch, which keeps keys and values shared.
+        dropout: Probability of dropping a prompt element in training mode. The paper's code draws for every sample;
+            here one draw serves the batch, which keeps keys and values shared.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
