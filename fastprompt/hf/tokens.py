@@ -7,6 +7,7 @@ needed where nothing replaces them in the next layer: shallow prompts, and the l
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,15 @@ class _Rows(NamedTuple):
     child: nn.Module | None
     strip_before: bool
     strip_after: bool
+    mask_at: int | None
 
     def before(self, layer: nn.Module, args: tuple, kwargs: dict):
         """Strip the rows that a fresh prompt replaces, then insert that prompt in front."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        if kwargs.get("attention_mask") is not None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and self.mask_at is not None and self.mask_at < len(args):
+            mask = args[self.mask_at]
+        if mask is not None:
             raise ValueError(
                 "attention_mask: got a mask at a layer where prompts run as tokens, expected None; use deep prompts "
                 "in every layer (VPT(depth='deep')), which need no rows"
@@ -52,6 +57,12 @@ def _insert(rows: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat([rows.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
 
 
+def _mask_position(layer: nn.Module) -> int | None:
+    """Where the mask stands among the positional arguments of a layer."""
+    names = list(inspect.signature(layer.forward).parameters)
+    return names.index("attention_mask") if "attention_mask" in names else None
+
+
 def install_rows(sites: list[Site]) -> list:
     """Put the hooks on every layer whose prompt rows appear, end, or are replaced; returns their handles."""
     hooks = []
@@ -64,7 +75,7 @@ def install_rows(sites: list[Site]) -> list:
         length = carried
         if child is not None:
             carried = child.prompt.shape[0] if child.inserted else 0
-        rows = _Rows(length, fresh, strip_before, last and carried > 0)
+        rows = _Rows(length, fresh, strip_before, last and carried > 0, _mask_position(site.layer))
         if strip_before or fresh is not None:
             hooks.append(site.layer.register_forward_pre_hook(rows.before, with_kwargs=True))
         if rows.strip_after:
