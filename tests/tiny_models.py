@@ -173,6 +173,15 @@ def insert_prompts(model: PreTrainedModel, depth: str = "deep", *, at: int = 1, 
     return InsertedPrompts(model, {i: nn.Parameter(p.to(dtype)) for i, p in values.items()}, at=at, tower=tower)
 
 
+def mixed(model: PreTrainedModel) -> PreTrainedModel:
+    """Freezes some parameters and puts some modules in training mode."""
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 3 != 0)
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    return model
+
+
 def checkpointing(model: PreTrainedModel, reentrant: bool = False) -> None:
     """Switch gradient checkpointing on; transformers 5.23 renamed the method."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -200,6 +209,11 @@ def assert_as_good(
     usual = max(error(baseline, name) for name in truth)
     for name in truth:
         assert error(got, name) <= 2 * usual + eps, (name, error(got, name), usual)
+
+
+def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> bool:
+    """Equal bit for bit."""
+    return got.keys() == want.keys() and all(torch.equal(got[k], x) for k, x in want.items())
 
 
 @contextmanager

@@ -70,6 +70,7 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
         raise ValueError(
             "model: attention dropout is on, which prompts inside attention do not draw; set "
             + ", ".join(f"config.{name} = 0.0 (got {value})" for name, value in dropout.items())
+            + " before the model is built or loaded, which fixes it in its modules"
         )
     handle = Handle(model, config, target)
     try:
