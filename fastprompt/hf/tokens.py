@@ -57,6 +57,16 @@ def _insert(rows: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat([rows.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
 
 
+def _reach(layer: nn.Module, args: tuple):
+    """Reentrant checkpointing gives what a layer holds gradients only if its input has one, so here it gets one."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+        return None
+    reentrant = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+    if not reentrant or not args or args[0].requires_grad:
+        return None
+    return (args[0].detach().requires_grad_(), *args[1:])
+
+
 def _mask_position(layer: nn.Module) -> int | None:
     """Where the mask stands among the positional arguments of a layer."""
     names = list(inspect.signature(layer.forward).parameters)
@@ -67,6 +77,9 @@ def install_rows(sites: list[Site]) -> list:
     """Put the hooks on every layer whose prompt rows appear, end, or are replaced; returns their handles."""
     hooks = []
     carried = 0
+    first = next((s for s in sites if hasattr(s.attention, CHILD)), None)
+    if first is not None:
+        hooks.append(first.layer.register_forward_pre_hook(_reach))
     for site in sites:
         child = getattr(site.attention, CHILD, None)
         fresh = child if child is not None and child.inserted else None
