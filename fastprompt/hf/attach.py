@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fastprompt.errors import AttachError
 from fastprompt.hf.attention import CHILD, NAME, dropout_fields, register
 from fastprompt.hf.sites import Tower, choose_tower, find_sites
-from fastprompt.hf.tokens import install_rows
+from fastprompt.hf.tokens import install_rows, reach_checkpointed
 
 
 def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, train: Sequence[str] = ()) -> Handle:
@@ -123,7 +123,7 @@ class Handle:
             parameter.requires_grad_(True)
         for index, prompt in self._prompts.items():
             sites[index].attention.add_module(CHILD, prompt)
-        self._hooks = install_rows(sites)
+        self._hooks = install_rows(sites) + reach_checkpointed(self.tower)
         self.sites = sites
         self.attached = True
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.hf.attention import CHILD
-from fastprompt.hf.sites import Site
+from fastprompt.hf.sites import Site, Tower
 
 
 class _Rows(NamedTuple):
@@ -57,14 +57,24 @@ def _insert(rows: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat([rows.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
 
 
-def _reach(layer: nn.Module, args: tuple):
-    """Reentrant checkpointing gives what a layer holds gradients only if its input has one, so here it gets one."""
-    if not (layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()):
-        return None
-    reentrant = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
-    if not reentrant or not args or args[0].requires_grad:
-        return None
-    return (args[0].detach().requires_grad_(), *args[1:])
+def reach_checkpointed(tower: Tower) -> list:
+    """A hook for reentrant gradient checkpointing, which gives what a layer holds gradients only if its input has one.
+
+    The tower's embeddings get one then, as transformers' `enable_input_require_grads` does for adapters.
+    """
+    layer = tower.layers[0]
+
+    def hook(embeddings: nn.Module, args: tuple, output: Tensor):
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        on = layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        if on and getattr(function, "keywords", {}).get("use_reentrant") and not output.requires_grad:
+            output.requires_grad_()
+
+    try:
+        embeddings = tower.module.get_input_embeddings()
+    except NotImplementedError:
+        return []
+    return [embeddings.register_forward_hook(hook)]
 
 
 def _mask_position(layer: nn.Module) -> int | None:
@@ -77,9 +87,6 @@ def install_rows(sites: list[Site]) -> list:
     """Put the hooks on every layer whose prompt rows appear, end, or are replaced; returns their handles."""
     hooks = []
     carried = 0
-    first = next((s for s in sites if hasattr(s.attention, CHILD)), None)
-    if first is not None:
-        hooks.append(first.layer.register_forward_pre_hook(_reach))
     for site in sites:
         child = getattr(site.attention, CHILD, None)
         fresh = child if child is not None and child.inserted else None
