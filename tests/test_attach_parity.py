@@ -8,8 +8,8 @@ import torch
 from tiny_models import (
     DEPTHS,
     FAMILIES,
-    LAYERS,
     LENGTH,
+    WIDTH,
     assert_as_good,
     assert_close,
     attach_prompts,
@@ -28,8 +28,11 @@ from fastprompt import VPT, attach
 FLOAT32_INSIDE = "InternVLVision, qk norm"
 
 
-def by_hand(model, prompts, pixels):
-    """A ViT's layers in a loop: [class, prompt, patches] into every prompted layer, prompts cut off at the end."""
+def by_hand(model, prompts, pixels, mask=None):
+    """A ViT's layers in a loop: [class, prompt, patches] into every prompted layer, prompts cut off at the end.
+
+    ``mask`` [B,17] tells the class token and the patches that all may see; everything sees the prompts.
+    """
     hidden = model.embeddings(pixels)
     carried = 0
     for i, layer in enumerate(model.layers):
@@ -37,7 +40,11 @@ def by_hand(model, prompts, pixels):
             rows = torch.stack([prompts[i]] * len(pixels))
             hidden = torch.cat([hidden[:, :1], rows, hidden[:, 1 + carried :]], dim=1)
             carried = LENGTH
-        hidden = layer(hidden)
+        seen = None
+        if mask is not None:
+            seen = torch.cat([mask[:, :1], torch.ones(len(pixels), carried), mask[:, 1:]], dim=1).bool()
+            seen = seen[:, None, None].expand(-1, 1, hidden.shape[1], -1)
+        hidden = layer(hidden, seen)
     hidden = model.layernorm(torch.cat([hidden[:, :1], hidden[:, 1 + carried :]], dim=1))
     return {"last_hidden_state": hidden, "pooler_output": model.pooler(hidden)}
 
@@ -119,35 +126,34 @@ def test_any_batch_size_and_image_size(batch, depth):
     assert_close(attached, step(copied, insert_prompts(copied, depth).parameters(), given))
 
 
-def test_a_mask_hides_tokens_and_never_prompts():
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_mask_hides_tokens_and_never_prompts(depth):
     model = build("ViT", torch.float64)
-    images = inputs(model)["pixel_values"]
     mask = torch.ones(3, 17, dtype=torch.long)
     mask[1, 9:] = 0
-    values = {i: p.double() for i, p in prompt_values(range(LAYERS)).items()}
-    hidden = model.embeddings(images)
-    seen = torch.cat([torch.ones(3, LENGTH, dtype=torch.long), mask], dim=1).bool()[:, None, None]
-    for i, layer in enumerate(model.layers):
-        rows = values[i].expand(3, -1, -1)
-        hidden = layer(torch.cat([rows, hidden], dim=1), seen.expand(-1, 1, LENGTH + 17, -1))[:, LENGTH:]
-    want = model.layernorm(hidden)
-    attach_prompts(model)
-    got = model(pixel_values=images, attention_mask=mask).last_hidden_state
-    assert_close({"": got}, {"": want})
-    assert (got[1] - model(pixel_values=images).last_hidden_state[1]).abs().max() > 0.01
+    prompts = {i: p.double().requires_grad_() for i, p in prompt_values(DEPTHS[depth][1]).items()}
+    want = by_hand(model, prompts, inputs(model)["pixel_values"], mask)
+    gradients = torch.autograd.grad(loss_of(want), list(prompts.values()))
+    handle = attach_prompts(model, depth)
+    got = step(model, handle.parameters(), inputs(model) | {"attention_mask": mask})
+    assert_close(got, {k: x.detach() for k, x in want.items()} | {f"gradient {i}": g for i, g in enumerate(gradients)})
+    assert (got["last_hidden_state"][1] - outputs(model)["last_hidden_state"][1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("depth", ["shallow", "first two", "one in the middle"])
-def test_a_mask_where_prompts_run_as_tokens_is_an_error(depth):
-    model = build()
-    attach_prompts(model, depth)
-    mask = torch.ones(3, 17, dtype=torch.long)
-    mask[1, 9:] = 0
-    with pytest.raises(ValueError, match="attention_mask: got a mask at a layer where prompts run as tokens"):
-        model(**inputs(model), attention_mask=mask)
-    layer = model.layers[DEPTHS[depth][1][-1]]
-    with pytest.raises(ValueError, match="attention_mask: got a mask"):
-        layer(torch.zeros(3, 17, 32), attention_mask=torch.ones(3, 1, 17, 17, dtype=torch.bool))
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("queries", [1, 17])
+def test_a_mask_by_name_and_of_any_kind(additive, queries):
+    model = build("ViT", torch.float64)
+    attach_prompts(model, "shallow")
+    hidden = torch.randn(2, 17 + LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    mask = torch.ones(2, 1, queries, 17, dtype=torch.bool)
+    mask[1, :, :, 9:] = False
+    seen = torch.cat([torch.ones(2, 1, 1, LENGTH, dtype=torch.bool), mask[:, :, :1]], dim=-1)
+    seen = seen.expand(-1, -1, 17 + LENGTH, -1)
+    plain = build("ViT", torch.float64).layers[1]
+    if additive:
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    assert_close({"": model.layers[1](hidden, attention_mask=mask)}, {"": plain(hidden, attention_mask=seen)})
 
 
 def test_prompts_start_as_published():

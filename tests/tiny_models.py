@@ -98,7 +98,9 @@ def clip_config() -> CLIPConfig:
 
 def build(name: str = "ViT", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in evaluation mode, with weights that make attention peaked and every bias count."""
-    return randomised(FAMILIES[name].build()).to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomised(FAMILIES[name].build()).to(dtype)
 
 
 def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
