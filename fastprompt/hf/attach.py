@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fastprompt.errors import AttachError
 from fastprompt.hf.attention import CHILD, NAME, dropout_fields, register
 from fastprompt.hf.sites import Tower, choose_tower, find_sites
-from fastprompt.hf.tokens import install_rows
+from fastprompt.hf.tokens import install_rows, reach_checkpointed
 
 
 def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, train: Sequence[str] = ()) -> Handle:
@@ -70,6 +70,7 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
         raise ValueError(
             "model: attention dropout is on, which prompts inside attention do not draw; set "
             + ", ".join(f"config.{name} = 0.0 (got {value})" for name, value in dropout.items())
+            + " before the model is built or loaded, which fixes it in its modules"
         )
     handle = Handle(model, config, target)
     try:
@@ -122,7 +123,7 @@ class Handle:
             parameter.requires_grad_(True)
         for index, prompt in self._prompts.items():
             sites[index].attention.add_module(CHILD, prompt.train(sites[index].attention.training))
-        self._hooks = install_rows(sites)
+        self._hooks = install_rows(sites) + reach_checkpointed(self.tower)
         self.sites = sites
         self.attached = True
 

@@ -76,7 +76,7 @@ def attention(
     if dropout:
         raise ValueError(
             f"dropout: got {dropout} at an attention module with prompts, expected 0.0; set the attention dropout of "
-            "the model's config to 0 before attaching"
+            "the model's config to 0 before the model is built or loaded"
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1

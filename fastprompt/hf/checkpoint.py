@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG, TENSORS = "prompt_config.json", "prompts.safetensors"
-# Weights of a base model are compared after rounding to bfloat16 or float16, so that a cast model still matches.
+ENTRIES = ("method", "config", "tower", "train", "base")
+# Weights of a base model are compared after rounding to bfloat16 or float16, so that a cast model still matches:
+# relative, and the spacing of float16 near zero.
 WEIGHT_TOLERANCE = 2**-7
+WEIGHT_SPACING = 2**-24
 
 
 def save(handle: Handle, directory: Path) -> None:
@@ -49,23 +52,43 @@ def save(handle: Handle, directory: Path) -> None:
     content["sha256"] = _digest(content)
     text = json.dumps(content, indent=2, allow_nan=False).encode()
     directory.mkdir(parents=True, exist_ok=True)
-    staged = [(_stage(directory, data), directory / TENSORS), (_stage(directory, text), directory / CONFIG)]
-    for temporary, final in staged:
-        os.replace(temporary, final)
+    _put(directory, {TENSORS: data, CONFIG: text})
 
 
-def _stage(directory: Path, data: bytes) -> str:
-    """Write ``data`` to a temporary file beside its destination, flushed to disk."""
-    descriptor, name = tempfile.mkstemp(dir=directory, prefix=".saving-")
-    with os.fdopen(descriptor, "wb") as file:
+def _put(directory: Path, files: dict[str, bytes]) -> None:
+    """Replace files together: flushed to disk beside them first; what was there comes back if anything fails."""
+    staged = {name: directory / f".saving-{secrets.token_hex(8)}" for name in files}
+    before: dict[str, bytes | None] = {}
+    try:
+        for name, data in files.items():
+            _write(staged[name], data)
+        for name, path in staged.items():
+            final = directory / name
+            before[name] = final.read_bytes() if final.exists() else None
+            os.replace(path, final)
+    except BaseException:
+        for name, old in before.items():
+            if old is None:
+                (directory / name).unlink(missing_ok=True)
+            else:
+                _write(staged[name], old)
+                os.replace(staged[name], directory / name)
+        raise
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write and flush to disk."""
+    with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return name
 
 
 def _digest(content: dict[str, Any]) -> str:
-    canonical = json.dumps({k: v for k, v in content.items() if k != "sha256"}, sort_keys=True, allow_nan=False)
+    canonical = json.dumps({k: v for k, v in content.items() if k != "sha256"}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -103,6 +126,9 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise CheckpointError(
                 f"{directory / what}: got sha256 {got}, expected {expected}; the file was truncated or changed"
             )
+    missing = [name for name in ENTRIES if name not in content]
+    if missing:
+        raise CheckpointError(f"{directory / CONFIG}: got no {missing}, expected a file written by handle.save")
     try:
         tensors = load_tensors(files[TENSORS])
     except SafetensorError as error:
@@ -146,7 +172,7 @@ def check_base(content: dict[str, Any], handle: Handle) -> None:
             )
     for layer in saved["weights"].keys() & got["weights"].keys():
         for a, b in zip(saved["weights"][layer], got["weights"][layer], strict=True):
-            if abs(a - b) > WEIGHT_TOLERANCE * max(abs(a), abs(b)):
+            if not abs(a - b) <= max(WEIGHT_TOLERANCE * max(abs(a), abs(b)), WEIGHT_SPACING):
                 raise CheckpointError(
                     f"model: the key projection of layer {layer} holds {b:.6g} where the prompts' base model held "
                     f"{a:.6g}; load the weights that the prompts were trained on ({saved['class']})"

@@ -28,7 +28,8 @@ class ProjectedPrompt(nn.Module):
     """A learned prompt of one layer, seen as keys and values through the layer's own norm and projections (I2).
 
     ``K_p = k_norm(W_k norm(p))``, ``V_p = W_v norm(p)``: what the prompt's rows would contribute as tokens,
-    computed once for the whole batch. With gradients off, both are kept until the prompt or a weight changes.
+    computed once for the whole batch. Where neither needs a gradient, both are kept until the prompt or a weight
+    changes (a write through ``.data`` goes unseen, as it does by autograd).
 
     Args:
         prompt: Initial value ``[P, C]``; the parameter is float32 (float64 for a float64 model).
@@ -94,7 +95,8 @@ class ProjectedPrompt(nn.Module):
         """Keys and values ``[Hkv,P,D]`` of this step, or None where the rows run as tokens."""
         if self.inserted:
             return None
-        if torch.compiler.is_compiling() or self._drops() or (torch.is_grad_enabled() and not self._baked):
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors())
+        if torch.compiler.is_compiling() or self._drops() or tracked:
             return self.site.project(self.rows())
         stamp = self._stamp()
         if self._kept is None or self._kept[0] != stamp:
@@ -106,13 +108,19 @@ class ProjectedPrompt(nn.Module):
         """Changes whenever the keys would: an in-place update, a replaced tensor, another device or autocast dtype."""
         device = self.prompt.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        projections = (p for m in self._projection for p in m.parameters())
-        tensors = (self.prompt, *projections, *self.site.weights())
-        return (autocast, *((x.data_ptr(), x._version, x.dtype) for x in tensors))
+        # Tensors made in inference mode cannot be saved for a backward pass outside.
+        state = (autocast, torch.is_inference_mode_enabled())
+        return (*state, *((x.data_ptr(), x._version, x.dtype) for x in self._tensors()))
+
+    def _own(self) -> tuple[Tensor, ...]:
+        return (self.prompt, *(p for m in self._projection for p in m.parameters()))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (*self._own(), *self.site.weights())
 
     def bake(self) -> None:
-        """Freeze the prompt; keys and values are computed once and used in training mode too."""
-        for parameter in (self.prompt, *(p for m in self._projection for p in m.parameters())):
+        """Freeze the prompt; if the layer is frozen too, keys and values are computed once, even in training mode."""
+        for parameter in self._own():
             parameter.requires_grad_(False)
         self._baked = True
 
