@@ -81,8 +81,7 @@ def prompt_attention(
             scores = scale * (q @ k.T)
             scores[:, prompts:] += mask[b, h]
             live = (scores > -torch.inf).any(dim=-1)
-            peak = scores[live].amax(dim=-1, keepdim=True)
-            lse[b, h, live] = ((scores[live] - peak).exp().sum(dim=-1, keepdim=True).log() + peak).squeeze(-1)
+            lse[b, h, live] = scores[live].logsumexp(dim=-1)
             p, dp = torch.zeros_like(scores), do @ v.T
             p[live] = (scores[live] - lse[b, h, live, None]).exp()
             delta = (do * (p @ v)).sum(dim=-1, keepdim=True)
@@ -90,7 +89,7 @@ def prompt_attention(
             ds = p * (dp - delta + grad_lse_row)
             exponent = scores.nan_to_num(neginf=0.0).abs() + lse[b, h, :, None].nan_to_num(neginf=0.0).abs()
             exponent = exponent + abs(scale) * q.norm(dim=-1, keepdim=True) * k.norm(dim=-1)
-            lse_noise[b, h, live] = exp_noise + wide * (1 + exponent[live].amax(dim=-1))
+            lse_noise[b, h, live] = exp_noise + wide * (1 + largest(exponent[live]))
             p_noise = p * (low + wide * exponent)
             ds_noise = p_noise * (dp.abs() + delta.abs() + grad_lse_row.abs())
             noise = (x.square() for x in (p_noise, ds_noise, torch.tensor(scale), q, k, v, do))
@@ -141,7 +140,7 @@ def plain_prompt_attention(
 
 def largest(x: Tensor) -> float:
     """The largest finite magnitude; 0 for an empty tensor."""
-    x = x[x.isfinite()]
+    x = x.detach()[x.isfinite()]
     return float(x.abs().max()) if x.numel() else 0.0
 
 
