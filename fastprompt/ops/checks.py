@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """All on one device."""
+    """All tensors (or None), on one device."""
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
     devices = {name: x.device for name, x in tensors.items() if x is not None}
     first = next(iter(devices))
     for name, device in devices.items():
@@ -65,9 +69,8 @@ def check_index(prompt_index: Tensor | None, batch: int, bank: int) -> None:
                 f"1 (shared), {batch} (one a sample), or pass prompt_index=int64[{batch}]"
             )
         return
-    if not isinstance(prompt_index, Tensor) or prompt_index.dtype != torch.int64:
-        got = prompt_index.dtype if isinstance(prompt_index, Tensor) else type(prompt_index).__name__
-        raise TypeError(f"prompt_index: got {got}, expected an int64 tensor of shape [{batch}]; use .long()")
+    if prompt_index.dtype != torch.int64:
+        raise TypeError(f"prompt_index: got {prompt_index.dtype}, expected int64 of shape [{batch}]; use .long()")
     if prompt_index.shape != (batch,):
         raise ValueError(f"prompt_index: got shape {list(prompt_index.shape)}, expected [{batch}] (one a sample)")
     readable = prompt_index.device.type == "cpu" or config.DEBUG
@@ -90,6 +93,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Keep autocast from casting inside an operation that chose its dtypes with `autocast`."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def check_finite(*tensors: Tensor, name: str = "prompts") -> None:

@@ -33,10 +33,10 @@ class Choice:
         return "\n".join(lines)
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError unless `impl` is one of `IMPLS`."""
+def check_impl(impl: str, name: str = "impl") -> None:
+    """Raise ValueError unless `impl`, which the user gave as `name`, is one of `IMPLS`."""
     if impl not in IMPLS:
-        raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, IMPLS))}")
+        raise ValueError(f"{name}: got {impl!r}, expected one of {', '.join(map(repr, IMPLS))}")
 
 
 def reasons_against(op: str, impl: str, tensors: Sequence[Tensor]) -> list[str]:
@@ -61,7 +61,7 @@ def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: boo
     check_impl(impl)
     if impl == "auto" and config.IMPL != "auto":
         impl = config.IMPL
-        check_impl(impl)
+        check_impl(impl, "FASTPROMPT_IMPL")
     if impl != "auto":
         reasons = reasons_against(op, impl, tensors)
         if reasons:

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import reference
-from fastprompt.ops.checks import autocast, check_device, check_dtypes, check_index, check_scale, check_tensor
+from fastprompt.ops.checks import (
+    autocast,
+    check_device,
+    check_dtypes,
+    check_index,
+    check_scale,
+    check_tensor,
+    without_autocast,
+)
 from fastprompt.ops.dispatch import LIBRARY, Choice, choose
 
 NAMES = ("query", "key", "value", "prompt_key", "prompt_value")
@@ -82,7 +90,8 @@ def prompt_attention(
     args = _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, is_causal, scale)
     chosen = choose("prompt_attention", args[:5], impl, composed=True).impl
     if chosen == "reference":
-        out, lse = reference.prompt_attention(*args)
+        with without_autocast(query.device.type):
+            out, lse = reference.prompt_attention(*args)
     else:
         out, lse = torch.ops.fastprompt.prompt_attention(*args, chosen)
     return (out, lse) if return_lse else out
@@ -127,6 +136,7 @@ def _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mas
         )
     check_index(prompt_index, batch, bank)
     _check_mask(attn_mask, (batch, heads, tq, tk))
+    attn_mask = None if attn_mask is None else attn_mask.detach()
     return (
         query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, bool(is_causal), check_scale(scale, dim)
     )  # fmt: skip

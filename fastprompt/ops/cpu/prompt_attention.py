@@ -241,6 +241,9 @@ class _Heads:
         """``factor * left @ right``, scaled before the one rounding."""
         if out is not None:
             out = out[: len(left) * left.shape[1] * right.shape[2]].view(len(left), left.shape[1], right.shape[2])
+        if not factor:
+            # With alpha = 0 PyTorch's half-precision products leave what uninitialised memory held.
+            left, factor = torch.zeros_like(left), 1.0
         return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=factor, out=out)
 
     def _load(self, b: slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +264,10 @@ class _Heads:
         lse = self._flat(self.lse, b, t).unsqueeze(-1)
         q, do = self._flat(self.query, b, t), self._flat(self.grad_out, b, t)
         centre = lse.masked_fill(lse == -torch.inf, 0.0) - 2 / 3 * math.log(self.prompts + self.tk)
-        q = torch.cat([q, (centre * (-1 / self.scale if self.scale else 0.0)).to(q.dtype)], dim=-1)
+        # A tiny scale or a finite mask over a whole row must not overflow: any finite centre gives the same softmax.
+        limit = torch.finfo(q.dtype).max / 2
+        column = centre.clamp(-limit, limit) * (-1 / self.scale if self.scale else 0.0)
+        q = torch.cat([q, column.clamp(-limit, limit).to(q.dtype)], dim=-1)
         scores = self._product(q, keys.transpose(1, 2), self.scale, tiles[0])
         dp = self._product(do, values.transpose(1, 2), out=tiles[1])
         if self.instance:
