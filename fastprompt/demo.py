@@ -52,8 +52,8 @@ def build(method: str, task: ImageTask, classes: int) -> Trained:
     model = task.build_model(classes)
     if method == HEAD:
         model.requires_grad_(False)
-        model.classifier.requires_grad_(True)
-        return Trained(model, list(model.classifier.parameters()))
+        head = model.get_submodule("classifier").requires_grad_(True)
+        return Trained(model, list(head.parameters()))
     torch.manual_seed(task.seed)
     handle = fastprompt.attach(model, fastprompt.VPT(LENGTH), train=("classifier",))
     if method == OURS:
@@ -62,8 +62,8 @@ def build(method: str, task: ImageTask, classes: int) -> Trained:
     prompts = {i: nn.Parameter(p.detach().clone()) for i, p in zip(range(count), handle.parameters(), strict=False)}
     handle.detach()
     inserted = InsertedPrompts(model, prompts)
-    model.classifier.requires_grad_(True)
-    return Trained(model, [*inserted.parameters(), *model.classifier.parameters()])
+    head = model.get_submodule("classifier").requires_grad_(True)
+    return Trained(model, [*inserted.parameters(), *head.parameters()])
 
 
 def step(trained: Trained, images: DecodedImages, autocast: str | None, batch: int = 16) -> Callable[[], None]:

@@ -101,7 +101,7 @@ class Handle:
         self.model, self.config, self.tower = model, config, tower
         self.train: tuple[str, ...] = ()
         self.attached = False
-        self._prompts: dict[int, nn.Module] = {}
+        self._prompts: dict[int, Any] = {}
         self._trained: dict[str, nn.Parameter] = {}
         self._originals: dict[str, Tensor] = {}
         self._flags: list[tuple[nn.Parameter, bool]] = []
@@ -134,7 +134,7 @@ class Handle:
             config = vars(module).get("config")
             if isinstance(config, PreTrainedConfig):
                 self._configs.append((module, config))
-                module.config = copy.deepcopy(config, memo)
+                module.config = copy.deepcopy(config, memo)  # type: ignore[assignment]
         for module in self.tower.module.modules():
             config = vars(module).get("config")
             if isinstance(config, PreTrainedConfig):
@@ -158,7 +158,7 @@ class Handle:
             if module._modules.get(CHILD) is not None and module._modules[CHILD] in self._prompts.values():
                 del module._modules[CHILD]
         for module, config in self._configs:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 if name in self._originals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -81,7 +82,7 @@ def attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     out = prompt_attention(query, key, value, *prompt, attn_mask=attention_mask, is_causal=causal, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return cast(Tensor, out).transpose(1, 2).contiguous(), None
 
 
 def dropout_fields(config: object) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def find_towers(model: nn.Module) -> list[Tower]:
                 break
     towers = []
     for prefix, by_layer in stacks.items():
-        stack = list(model.get_submodule(prefix))
+        stack = list(cast(nn.ModuleList, model.get_submodule(prefix)))
         owner = _owner(model, prefix)
         kind = KINDS.get(getattr(owner, "main_input_name", ""), "")
         if kind and len(by_layer) == len(stack) and all(len(found) == 1 for found in by_layer.values()):
@@ -241,9 +242,9 @@ class _Recorder:
             self.layer.register_forward_hook(leave),
         ]
 
-    def attended(self, *qkv: Tensor) -> None:
+    def attended(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """The attention function was called."""
-        self.qkv = qkv
+        self.qkv = (query, key, value)
 
     def site(self, index: int) -> Site:
         """What the recording shows, verified on the recorded rows."""
@@ -292,7 +293,7 @@ class _Recorder:
 
     def _rotated_source(self, value: Projection, key: Tensor) -> tuple[Projection, Tensor]:
         """The key projection where a rotation hides it: a sibling of the value's that is named for keys."""
-        siblings = {m: n for n, m in self.attention.named_modules() if isinstance(m, nn.Linear)}
+        siblings: dict[nn.Module, str] = {m: n for n, m in self.attention.named_modules() if isinstance(m, nn.Linear)}
         for module, x, y in self.calls:
             name = siblings.get(module, "").rpartition(".")[2]
             if name in ("k_proj", "key", "to_k", "k") and y.shape[-1] == key.shape[1] * key.shape[3]:
@@ -337,7 +338,7 @@ class _Recorder:
 def _columns(target: Tensor, source: Tensor) -> Tensor | None:
     """The columns of ``source [B,T,X]`` that are the heads of ``target [B,H,T,D]``; None if all, in order."""
     heads, dim = target.shape[1], target.shape[3]
-    first = target.storage_offset() - source.storage_offset()
+    first = int(target.storage_offset()) - int(source.storage_offset())
     columns = first + torch.arange(heads)[:, None] * target.stride(1) + torch.arange(dim)[None] * target.stride(3)
     columns = columns.flatten()
     if source.shape[-1] == heads * dim and torch.equal(columns, torch.arange(heads * dim)):

@@ -8,7 +8,7 @@ needed where nothing replaces them in the next layer: shallow prompts, and the l
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class _Rows(NamedTuple):
     """What happens to prompt rows at one layer; methods are hooks, so a copied model keeps working."""
 
     stripped: int
-    child: nn.Module | None
+    child: Any
     present: int
     mask_at: int | None
 
@@ -97,7 +97,7 @@ def install_rows(sites: list[Site]) -> list:
     hooks = []
     carried = 0
     for site in sites:
-        child = getattr(site.attention, CHILD, None)
+        child: Any = getattr(site.attention, CHILD, None)
         stripped = carried if child is not None else 0
         fresh = child if child is not None and child.inserted else None
         if child is not None:

@@ -70,7 +70,7 @@ def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: boo
                 'Use impl="auto" to let fastprompt choose, or impl="reference".'
             )
         return Choice(op, impl, "asked for by name")
-    refused = {}
+    refused: dict[str, list[str]] = {}
     for name in ("triton", "cpp", "cpu") if composed else ("triton", "cpp"):
         reasons = reasons_against(op, name, tensors)
         if not reasons:

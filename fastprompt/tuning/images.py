@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -81,7 +81,7 @@ def head_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(sorted(tops - {model.base_model_prefix}))
 
 
-def best_autocast() -> str | None:
+def best_autocast() -> Literal["bfloat16"] | None:
     """``"bfloat16"`` where the CPU computes in it (or there is a GPU), None elsewhere."""
     fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if fast else None

@@ -223,7 +223,7 @@ class _Heads:
                 if self.dv is not None:
                     dv = _accumulate(dv, self._product(p.transpose(1, 2), do))
             for grad, total in ((self.dk, dk), (self.dv, dv)):
-                if grad is not None:
+                if grad is not None and total is not None:
                     grad[b] = total.view(-1, self.hkv, *total.shape[1:])[:, :, self.prompts :, : self.dim]
         self._reduce(self.dpv, p_kept, self.grad_out)
         self._reduce(self.dpk, ds_kept, self.query, self.scale)
