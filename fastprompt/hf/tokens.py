@@ -8,10 +8,11 @@ needed where nothing replaces them in the next layer: shallow prompts, and the l
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from torch.nn.functional import pad
 
 from fastprompt.hf.attention import CHILD
@@ -80,7 +81,7 @@ def reach_checkpointed(tower: Tower) -> list:
             output.requires_grad_()
 
     try:
-        embeddings = tower.module.get_input_embeddings()
+        embeddings = cast(PreTrainedModel, tower.module).get_input_embeddings()
     except NotImplementedError:
         return []
     return [embeddings.register_forward_hook(hook)]
