@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from fastprompt.hf.attention import CHILD
 from fastprompt.hf.sites import Site, Tower
