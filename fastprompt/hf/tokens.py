@@ -8,7 +8,7 @@ needed where nothing replaces them in the next layer: shallow prompts, and the l
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.nn.functional import pad
 
 from fastprompt.hf.attention import CHILD
 from fastprompt.hf.sites import Site, Tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Rows(NamedTuple):
@@ -80,7 +83,7 @@ def reach_checkpointed(tower: Tower) -> list:
             output.requires_grad_()
 
     try:
-        embeddings = tower.module.get_input_embeddings()
+        embeddings = cast("PreTrainedModel", tower.module).get_input_embeddings()
     except NotImplementedError:
         return []
     return [embeddings.register_forward_hook(hook)]
