@@ -225,7 +225,10 @@ def test_autocast_and_inference_mode_keep_keys_of_their_own():
         with torch.autocast("cpu", BF16):
             half = outputs(model)
         assert same(outputs(model), plain)
-        assert model.layers[0].attention.fastprompt.key_value()[0].dtype == torch.float32
+        prompt = model.layers[0].attention.fastprompt
+        assert prompt.key_value()[0].dtype == torch.float32
+        with torch.autocast("cpu", BF16):
+            assert prompt.key_value()[0].dtype == BF16
     assert not same(half, plain)
     with torch.inference_mode():
         assert same(outputs(model), plain)

@@ -8,15 +8,17 @@ needed where nothing replaces them in the next layer: shallow prompts, and the l
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from fastprompt.hf.attention import CHILD
 from fastprompt.hf.sites import Site, Tower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Rows(NamedTuple):
@@ -81,7 +83,7 @@ def reach_checkpointed(tower: Tower) -> list:
             output.requires_grad_()
 
     try:
-        embeddings = cast(PreTrainedModel, tower.module).get_input_embeddings()
+        embeddings = cast("PreTrainedModel", tower.module).get_input_embeddings()
     except NotImplementedError:
         return []
     return [embeddings.register_forward_hook(hook)]
