@@ -10,7 +10,9 @@ import pytest
 
 import fastprompt
 
-MODULES = ["fastprompt", *(m.name for m in pkgutil.walk_packages(fastprompt.__path__, "fastprompt."))]
+FOUND = [m.name for m in pkgutil.walk_packages(fastprompt.__path__, "fastprompt.")]
+# Importing a __main__ runs the command line.
+MODULES = ["fastprompt", *(name for name in FOUND if not name.endswith("__main__"))]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -34,7 +36,7 @@ def public(owner, module):
             yield from public(x, module)
 
 
-@pytest.mark.parametrize("test", examples())
+@pytest.mark.parametrize("test", list(examples()))
 def test_example(test, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = []

@@ -96,10 +96,6 @@ def test_the_environment_chooses_what_auto_means():
     assert fresh(code, FASTPROMPT_IMPL="reference") == ["reference"]
     failed = start(code, FASTPROMPT_IMPL="fastest").stderr
     assert "ValueError: FASTPROMPT_IMPL: got 'fastest', expected one of 'auto', 'reference', 'triton', 'cpp'" in failed
-    assert (
-        "ImplUnavailableError: impl='triton' cannot run prompt_attention"
-        in start(code, FASTPROMPT_IMPL="triton").stderr
-    )
 
 
 def test_the_first_call_of_a_process_may_be_compiled():

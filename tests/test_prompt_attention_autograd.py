@@ -189,8 +189,7 @@ def compiled_equals_eager(function, inputs, keywords=None, **options):
 
 
 @each_case
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("impl", "dynamic"), [("auto", False), ("auto", True), ("reference", False)])
 def test_compiles_in_one_graph(case, impl, dynamic):
     shape, kwargs = CASES[case]
     compiled_equals_eager(
