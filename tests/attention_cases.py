@@ -49,7 +49,7 @@ def run(inputs, grad_out, grad_lse=None, needs=ALL, **kwargs):
     out, lse = prompt_attention(*inputs, return_lse=True, **kwargs)
     pairs = [(x, g) for x, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs]))
+    found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
     return Attention(out.detach(), lse.detach(), tuple(next(found) if need else None for need in needs))
 
 

@@ -104,7 +104,8 @@ def test_every_blocking_gives_the_same_gradients(dtype, needs):
     inputs = make(dtype, batch=3, heads=6, heads_kv=3, tq=11)
     grads = grads_of(inputs)
     for tile in (1, 50, 500, 5000):
-        for workspace in (1, 100):
+        # 500 elements hold two of the three KV heads.
+        for workspace in (1, 500):
             with tiny_blocks(tile, workspace):
                 check(inputs, *grads, needs)
 

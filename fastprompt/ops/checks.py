@@ -55,7 +55,7 @@ def check_scale(scale: float | None, dim: int) -> float:
     """The softmax scale; ``dim ** -0.5`` if None."""
     if scale is None:
         return dim**-0.5 if dim else 1.0
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+    if not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
         raise ValueError(f"scale: got {scale!r}, expected a finite number >= 0 (None means head_dim ** -0.5)")
     return float(scale)
 
@@ -63,7 +63,8 @@ def check_scale(scale: float | None, dim: int) -> float:
 def check_index(prompt_index: Tensor | None, batch: int, bank: int) -> None:
     """``prompt_index`` ``[B]`` int64 in ``[0, bank)``; values are read where that costs no synchronisation."""
     if prompt_index is None:
-        if bank not in (1, batch):
+        # Not `in (1, batch)`: torch.compile takes a symbolic size and an equal constant for different there.
+        if bank != 1 and bank != batch:
             raise ValueError(
                 f"prompt_key: got a bank of {bank} prompts for a batch of {batch} and no prompt_index; expected "
                 f"1 (shared), {batch} (one a sample), or pass prompt_index=int64[{batch}]"

@@ -148,7 +148,7 @@ def _check_mask(attn_mask: Tensor | None, full: tuple[int, ...]) -> None:
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask: got dtype {attn_mask.dtype}, expected bool (True = may attend) or additive float")
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(shape) != 4 or any(got not in (1, want) for got, want in zip(shape, full, strict=True)):
+    if len(shape) != 4 or any(got != 1 and got != want for got, want in zip(shape, full, strict=True)):
         raise ValueError(
             f"attn_mask: got shape {list(attn_mask.shape)}, expected one that broadcasts to [B,Hq,Tq,Tk] = "
             f"{list(full)}; prompt keys are always visible and take no mask column"
