@@ -104,7 +104,9 @@ def test_the_files_say_what_they_hold(tmp_path):
     names = ["layers.1.prompt", "layers.3.prompt", "base.classifier.weight", "base.classifier.bias"]
     shapes = [[LENGTH, WIDTH]] * 2 + [[2, WIDTH], [2]]
     assert content["format"] == 1 and content["method"] == "VPT" and content["tower"] == "vision"
-    assert content["config"] == {"length": LENGTH, "depth": "deep", "layers": [1, 3], "init": "vpt"}
+    assert content["config"] == {
+        "length": LENGTH, "depth": "deep", "layers": [1, 3], "init": "vpt", "project": None, "dropout": 0.0
+    }  # fmt: skip
     assert content["train"] == ["classifier"]
     assert content["tensors"] == {n: {"shape": s, "dtype": "torch.float32"} for n, s in zip(names, shapes, strict=True)}
     assert content["base"].items() >= {"class": "ViTModel", "layers": 4, "width": 32, "kv_heads": 4}.items()

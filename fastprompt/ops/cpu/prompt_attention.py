@@ -260,27 +260,36 @@ class _Heads:
     def _tile(
         self, b: slice, t: slice, keys: Tensor, values: Tensor, tiles: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query rows (with their centring column), dO, P and dS of one tile, each ``[S*Hkv, G*rows, ...]``."""
-        lse = self._flat(self.lse, b, t).unsqueeze(-1)
+        """Query rows, dO, P and dS of one tile, each ``[S*Hkv, G*rows, ...]``."""
         q, do = self._flat(self.query, b, t), self._flat(self.grad_out, b, t)
-        centre = lse.masked_fill(lse == -torch.inf, 0.0) - 2 / 3 * math.log(self.prompts + self.tk)
-        # A tiny scale or a finite mask over a whole row must not overflow: any finite centre gives the same softmax.
-        limit = torch.finfo(q.dtype).max / 2
-        column = centre.clamp(-limit, limit) * (-1 / self.scale if self.scale else 0.0)
-        q = torch.cat([q, column.clamp(-limit, limit).to(q.dtype)], dim=-1)
-        scores = self._product(q, keys.transpose(1, 2), self.scale, tiles[0])
         dp = self._product(do, values.transpose(1, 2), out=tiles[1])
         if self.instance:
-            p, ds = self._softmax_backward(b, t, scores, dp)
-        else:
-            shift = q[..., -1:].to(lse.dtype).mul(self.scale).add(lse)
-            delta = (do.to(lse.dtype) * self._flat(self.out, b, t)).sum(-1, keepdim=True)
-            if self.grad_lse is not None:
-                delta = delta - self._flat(self.grad_lse, b, t).unsqueeze(-1)
-            p = scores.to(lse.dtype).sub_(shift).exp_()
-            ds = dp.to(lse.dtype).sub_(delta).mul_(p).to(q.dtype)
-            p = p.to(q.dtype)
-        return q, do, p, ds
+            q = torch.cat([q, self._centring(b, t)], dim=-1)
+            scores = self._product(q, keys.transpose(1, 2), self.scale, tiles[0])
+            return q, do, *self._softmax_backward(b, t, scores, dp)
+        return q, do, *self._prompt_backward(b, t, q, do, keys[..., :-1], dp)
+
+    def _centring(self, b: slice, t: slice) -> Tensor:
+        """The column of the query that subtracts c from a row's scaled scores, where the keys' column is 1."""
+        lse = self._flat(self.lse, b, t).unsqueeze(-1)
+        centre = lse.masked_fill(lse == -torch.inf, 0.0) - 2 / 3 * math.log(self.prompts + self.tk)
+        # A tiny scale or a finite mask over a whole row must not overflow: any finite centre gives the same softmax.
+        limit = torch.finfo(self.query.dtype).max / 2
+        column = centre.clamp(-limit, limit) * (-1 / self.scale if self.scale else 0.0)
+        return column.clamp(-limit, limit).to(self.query.dtype)
+
+    def _prompt_backward(
+        self, b: slice, t: slice, q: Tensor, do: Tensor, keys: Tensor, dp: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """P and dS of a tile that holds the prompt columns alone: no softmax to rescale them, so scores are float32."""
+        lse = self._flat(self.lse, b, t).unsqueeze(-1)
+        delta = (do.to(lse.dtype) * self._flat(self.out, b, t)).sum(-1, keepdim=True)
+        if self.grad_lse is not None:
+            delta = delta - self._flat(self.grad_lse, b, t).unsqueeze(-1)
+        scores = self._product(q.to(lse.dtype), keys.to(lse.dtype).transpose(1, 2), self.scale)
+        p = scores.sub_(lse).exp_()
+        ds = dp.to(lse.dtype).sub_(delta).mul_(p)
+        return p.to(q.dtype), ds.to(q.dtype)
 
     def _softmax_backward(self, b: slice, t: slice, scores: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
         """P and dS of a tile that holds every column of its rows."""
@@ -296,9 +305,9 @@ class _Heads:
         return p, ds
 
     def _reduce(self, grad: Tensor | None, kept: Tensor | None, rows: Tensor, factor: float = 1.0) -> None:
-        """Sum over samples and rows in one matrix product a prompt: float32 accumulation, one rounding."""
+        """Sum over samples and rows in one matrix product a prompt: float32 accumulation, one rounding to its dtype."""
         if grad is None or kept is None:
             return
         for g, samples in _prompt_groups(self.prompt_index, len(grad), self.batch):
-            left, right = (x[samples].transpose(0, 1).flatten(1, 3) for x in (kept, rows))
+            left, right = (x[samples].transpose(0, 1).flatten(1, 3).to(grad.dtype) for x in (kept, rows))
             grad[g] = self._product(left.transpose(1, 2), right, factor)
