@@ -30,9 +30,10 @@ from fastprompt.tuning.memory import peak_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LENGTH = 50
+# Chosen on the split of seed 0, which the three seeds of the full demo leave out.
+RECIPE = fastprompt.VPT(length=10, layers=(8, 9, 10, 11))
+EPOCHS, BATCH, LR = 40, 16, 1e-2
 HEAD, PUBLISHED, OURS = "linear head", "VPT as published", "VPT, fastprompt"
-LR = {HEAD: 1e-2, PUBLISHED: 1e-2, OURS: 1e-2}
 
 
 @dataclass
@@ -55,20 +56,20 @@ def build(method: str, task: ImageTask, classes: int) -> Trained:
         head = model.get_submodule("classifier").requires_grad_(True)
         return Trained(model, list(head.parameters()))
     torch.manual_seed(task.seed)
-    handle = fastprompt.attach(model, fastprompt.VPT(LENGTH), train=("classifier",))
+    handle = fastprompt.attach(model, RECIPE, train=("classifier",))
     if method == OURS:
         return Trained(model, list(handle.parameters()))
-    count = len(handle.sites)
-    prompts = {i: nn.Parameter(p.detach().clone()) for i, p in zip(range(count), handle.parameters(), strict=False)}
+    layers = RECIPE.chosen(len(handle.sites))
+    prompts = {i: nn.Parameter(p.detach().clone()) for i, p in zip(layers, handle.parameters(), strict=False)}
     handle.detach()
     inserted = InsertedPrompts(model, prompts)
     head = model.get_submodule("classifier").requires_grad_(True)
     return Trained(model, [*inserted.parameters(), *head.parameters()])
 
 
-def step(trained: Trained, images: DecodedImages, autocast: str | None, batch: int = 16) -> Callable[[], None]:
+def step(trained: Trained, images: DecodedImages, autocast: str | None) -> Callable[[], None]:
     """One forward and backward on the first images."""
-    pixels, labels = images.pixel_values[:batch], images.labels[:batch]
+    pixels, labels = images.pixel_values[:BATCH], images.labels[:BATCH]
 
     def run() -> None:
         for p in trained.trainable:
@@ -117,7 +118,7 @@ def step_memory(method: str, task: ImageTask, autocast: str | None) -> int:
 
 def _memory_here(method: str, task: dict[str, Any], autocast: str | None) -> int:
     trained = build(method, ImageTask(**task), 3)
-    images = DecodedImages(torch.randn(16, 3, 224, 224), torch.arange(16) % 3, ("a", "b", "c"))
+    images = DecodedImages(torch.randn(BATCH, 3, 224, 224), torch.arange(BATCH) % 3, ("a", "b", "c"))
     run = step(trained, images, autocast)
     return peak_memory(lambda: (run(), run()))
 
@@ -133,7 +134,7 @@ def run(out: Path, *, full: bool = False, cache_dir: str | None = None) -> None:
     for name in ("dinov2-small", "textile"):
         assets.fetch(name, cache_dir=cache_dir)
     out.mkdir(parents=True, exist_ok=True)
-    seeds, eval_size = ((0, 1, 2), 900) if full else ((0,), 300)
+    seeds, eval_size = ((1, 2, 3), 900) if full else ((1,), 300)
     autocast = best_autocast()
     rows: dict[str, dict[str, Any]] = {m: {"accuracy": []} for m in (HEAD, PUBLISHED, OURS)}
     for seed in seeds:
@@ -147,7 +148,7 @@ def run(out: Path, *, full: bool = False, cache_dir: str | None = None) -> None:
         for method, row in rows.items():
             print(f"{method}, seed {seed}", flush=True)
             trained = build(method, task, len(train_set.classes))
-            config = TuneConfig(epochs=30, batch_size=16, lr=LR[method], autocast=autocast, seed=seed)
+            config = TuneConfig(epochs=EPOCHS, batch_size=BATCH, lr=LR, autocast=autocast, seed=seed)
             result = tune(trained.model, trained, train_set, eval_set, config=config)
             row["accuracy"].append(result.evaluation.accuracy if result.evaluation else float("nan"))
             row["trainable"] = result.trainable_parameters
@@ -157,8 +158,9 @@ def run(out: Path, *, full: bool = False, cache_dir: str | None = None) -> None:
         row["step_ratio"] = statistics.median(ratios)
         row["peak_bytes"] = step_memory(method, task, autocast)
     header = {
-        "model": "DINOv2-S/14, 224 px", "data": "textile, 16 shots a class", "length": LENGTH, "seeds": list(seeds),
-        "evaluation_images": eval_size, "autocast": autocast, "epochs": 30, "batch_size": 16, "lr": LR[OURS],
+        "model": "DINOv2-S/14, 224 px", "data": "textile, 16 shots a class", "recipe": repr(RECIPE),
+        "seeds": list(seeds),
+        "evaluation_images": eval_size, "autocast": autocast, "epochs": EPOCHS, "batch_size": BATCH, "lr": LR,
         "float32_difference": measured, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     with (out / "results.jsonl").open("w") as file:
@@ -213,6 +215,6 @@ def plot(results: Path, png: Path) -> None:
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     first = rows[0]
-    figure.suptitle(f"{first['model']}; {first['data']}; {first['length']} prompts a layer", fontsize=10)
+    figure.suptitle(f"{first['model']}; {first['data']}; {first['recipe']}", fontsize=10)
     figure.savefig(png, dpi=150)
     pyplot.close(figure)
