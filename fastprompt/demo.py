@@ -200,21 +200,28 @@ def plot(results: Path, png: Path) -> None:
         ("seconds a training step", lambda r: r["step_s"], "{:.2f}"),
         ("peak memory of a step (MiB)", lambda r: r["peak_bytes"] / 2**20, "{:,.0f}"),
     )
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
     for axis, (title, value, style) in zip(axes, panels, strict=True):
         values = [value(r) for r in rows]
-        bars = axis.bar(names, values, color=colors, width=0.62)
         if title.startswith("accuracy"):
             for i, r in enumerate(rows):
                 points = [100 * a for a in r["accuracy"]]
-                axis.plot([i] * len(points), points, "o", color="black", markersize=3, alpha=0.6)
-            axis.set_ylim(min(values) * 0.8, max(100 * a for r in rows for a in r["accuracy"]) * 1.06)
-        axis.bar_label(bars, [style.format(v) for v in values], padding=3 if not title.startswith("acc") else -14)
-        axis.set_title(title, fontsize=10)
-        axis.margins(y=0.12)
+                axis.plot([i] * len(points), points, "o", color=colors[i], markersize=7, alpha=0.5)
+                axis.plot(i, values[i], "_", color=colors[i], markersize=44, markeredgewidth=3)
+                axis.annotate(
+                    style.format(values[i]), (i, max(points)), (0, 7), textcoords="offset points", ha="center"
+                )
+            axis.set_xlim(-0.6, len(rows) - 0.4)
+            axis.set_xticks(range(len(names)), names)
+            axis.set_title(f"{title}: each seed, and the mean", fontsize=10)
+        else:
+            bars = axis.bar(names, values, color=colors, width=0.62)
+            axis.bar_label(bars, [style.format(v) for v in values], padding=3)
+            axis.set_title(title, fontsize=10)
+        axis.margins(y=0.18)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     first = rows[0]
-    figure.suptitle(f"{first['model']}; {first['data']}; {first['recipe']}", fontsize=10)
+    figure.suptitle(f"{first['model']}; {first['data']}\n{first['recipe']}", fontsize=9)
     figure.savefig(png, dpi=150)
     pyplot.close(figure)
