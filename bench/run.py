@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     case = importlib.import_module(f"bench.cases.{args.case}").build(args.device, **overrides)
     if args.memory_of:
         step = case.providers[args.memory_of]()
-        print(peak_memory(lambda: (step(), step())))
+        print(peak_memory(lambda: (step(), step()), args.device))
         return 0
     differences = case.check()
     print(f"{case.name}: providers agree: {differences}", file=sys.stderr)

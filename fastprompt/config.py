@@ -6,5 +6,5 @@ import os
 #: Implementation that ``impl="auto"`` means: ``auto``, ``reference``, ``triton`` or ``cpp``.
 IMPL = os.environ.get("FASTPROMPT_IMPL", "auto")
 
-#: ``1`` adds checks that cost a synchronisation or a pass over the data (finite prompts, index values on the GPU).
+#: ``1`` adds checks that cost a pass over the data or wait for the GPU: finite prompts, and index values there.
 DEBUG = os.environ.get("FASTPROMPT_DEBUG", "0") == "1"

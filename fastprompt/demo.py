@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on real input: few-shot textile classification with a frozen DINOv2-S, three ways.
 
-A linear head; deep visual prompts as published (tokens inserted in every layer); the same prompts through fastprompt.
-The two prompt forms start from the same numbers and are the same maths.
+A linear head; deep visual prompts in the last four layers as published (tokens inserted before each of them); the same
+prompts through fastprompt. The two prompt forms start from the same numbers and are the same maths.
 """
 
 from __future__ import annotations

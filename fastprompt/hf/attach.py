@@ -82,10 +82,20 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
 
 
 def _patterns(train: Sequence[str]) -> tuple[str, ...]:
-    patterns = (train,) if isinstance(train, str) else tuple(train)
+    patterns = (train,) if isinstance(train, str) else tuple(train) if isinstance(train, Sequence) else (None,)
     if any(not isinstance(p, str) or not p for p in patterns):
         raise ValueError(f"train: got {train!r}, expected non-empty name patterns such as ('classifier',)")
     return patterns
+
+
+def _check_attention(module: PreTrainedModel, args: tuple) -> None:
+    """A tower whose attention was switched away would run without its prompts, silently."""
+    name = module.config._attn_implementation
+    if name != NAME:
+        raise AttachError(
+            f"model: got attention {name!r} in a tower that holds prompts, expected {NAME!r}; call "
+            f"set_attn_implementation({NAME!r}), or detach the handle first"
+        )
 
 
 class Handle:
@@ -123,7 +133,8 @@ class Handle:
             parameter.requires_grad_(True)
         for index, prompt in self._prompts.items():
             sites[index].attention.add_module(CHILD, prompt.train(sites[index].attention.training))
-        self._hooks = install_rows(sites) + reach_checkpointed(self.tower)
+        self._hooks = [*install_rows(sites), *reach_checkpointed(self.tower)]
+        self._hooks.append(self.tower.module.register_forward_pre_hook(_check_attention))
         self.sites = sites
         self.attached = True
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG, TENSORS = "prompt_config.json", "prompts.safetensors"
-ENTRIES = ("method", "config", "tower", "train", "base")
+# Weights of the base model that identify a layer.
+SAMPLES = 4
 # Weights of a base model are compared after rounding to bfloat16 or float16, so that a cast model still matches:
 # relative, and the spacing of float16 near zero.
 WEIGHT_TOLERANCE = 2**-7
@@ -126,14 +127,29 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise CheckpointError(
                 f"{directory / what}: got sha256 {got}, expected {expected}; the file was truncated or changed"
             )
-    missing = [name for name in ENTRIES if name not in content]
-    if missing:
-        raise CheckpointError(f"{directory / CONFIG}: got no {missing}, expected a file written by handle.save")
     try:
         tensors = load_tensors(files[TENSORS])
     except SafetensorError as error:
         raise CheckpointError(f"{directory / TENSORS}: not a safetensors file ({error})") from error
+    _check_entries(directory / CONFIG, content, tensors)
     return content, tensors
+
+
+def _check_entries(file: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Every entry has its type, and the tensors are those that the JSON declares: a valid digest proves neither."""
+    kinds = {"method": str, "config": dict, "tower": str, "train": list, "base": dict, "tensors": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    base = content["base"] if "base" not in wrong else {}
+    numbers = ("layers", "width", "kv_heads", "head_dim")
+    wrong += [f"base.{name}" for name in numbers if not isinstance(base.get(name), int)]
+    weights = base.get("weights")
+    if not isinstance(weights, dict) or any(not isinstance(w, list) or len(w) != SAMPLES for w in weights.values()):
+        wrong.append("base.weights")
+    if wrong:
+        raise CheckpointError(f"{file}: got missing or malformed entries {wrong}, expected what handle.save writes")
+    held = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in tensors.items()}
+    if content["tensors"] != held:
+        raise CheckpointError(f"{file}: got tensors {content['tensors']}, expected {held}, those of {TENSORS}")
 
 
 def describe_base(handle: Handle) -> dict[str, Any]:
@@ -155,9 +171,9 @@ def _trained(handle: Handle, site: Site) -> bool:
 
 
 def _sample(site: Site) -> list[float]:
-    """Four weights of the layer's key projection."""
+    """A few weights of the layer's key projection."""
     weight = next(site.key.linear.parameters()).detach().flatten()
-    places = torch.linspace(0, weight.numel() - 1, 4, device=weight.device).long()
+    places = torch.linspace(0, weight.numel() - 1, SAMPLES, device=weight.device).long()
     return [float(x) for x in weight[places]]
 
 

@@ -74,19 +74,24 @@ def reach_checkpointed(tower: Tower) -> list:
 
     The tower's embeddings get one then, as transformers' `enable_input_require_grads` does for adapters.
     """
-    layer = tower.layers[0]
-
-    def hook(embeddings: nn.Module, args: tuple, output: Tensor):
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        on = layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
-        if on and getattr(function, "keywords", {}).get("use_reentrant") and not output.requires_grad:
-            output.requires_grad_()
-
     try:
         embeddings = cast("PreTrainedModel", tower.module).get_input_embeddings()
     except NotImplementedError:
         return []
-    return [embeddings.register_forward_hook(hook)]
+    return [embeddings.register_forward_hook(_Checkpointed(tower.layers[0]).embedded)]
+
+
+class _Checkpointed(NamedTuple):
+    """The first layer, asked whether it is checkpointed; a method is a hook that copies and pickles with the model."""
+
+    layer: Any
+
+    def embedded(self, embeddings: nn.Module, args: tuple, output: Tensor) -> None:
+        """Start gradients at the embeddings where reentrant checkpointing needs them."""
+        function = getattr(self.layer, "_gradient_checkpointing_func", None)
+        on = self.layer.training and getattr(self.layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        if on and getattr(function, "keywords", {}).get("use_reentrant") and not output.requires_grad:
+            output.requires_grad_()
 
 
 def _mask_position(layer: nn.Module) -> int | None:

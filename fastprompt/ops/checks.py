@@ -120,6 +120,8 @@ def check_finite(*tensors: Tensor, name: str = "prompts") -> None:
         ValueError: prompt_key: got 1 NaN and 0 infinite of 2 elements (first at [1]), expected finite values; ...
     """
     for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"tensors: got {type(x).__name__}, expected tensors; pass *handle.parameters() of a handle")
         good = torch.isfinite(x)
         if bool(good.all()):
             continue

@@ -6,11 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastprompt import config
 from fastprompt.ops import reference
 from fastprompt.ops.checks import (
     autocast,
     check_device,
     check_dtypes,
+    check_finite,
     check_index,
     check_scale,
     check_tensor,
@@ -121,13 +123,15 @@ def _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mas
     batch, heads, tq, dim = query.shape
     _, heads_kv, tk, _ = key.shape
     expected = {"key": (batch, heads_kv, tk, dim), "value": (batch, heads_kv, tk, dim)}
+    given = (key, value, prompt_key, prompt_value)
     prompt_key, prompt_value = (p if p.dim() == 4 else p.unsqueeze(0) for p in (prompt_key, prompt_value))
     bank, prompts = prompt_key.shape[0], prompt_key.shape[2]
     expected |= dict.fromkeys(NAMES[3:], (bank, heads_kv, prompts, dim))
-    for name, x in zip(NAMES[1:], (key, value, prompt_key, prompt_value), strict=True):
+    for name, x, original in zip(NAMES[1:], (key, value, prompt_key, prompt_value), given, strict=True):
         if x.shape != expected[name]:
+            want = list(expected[name])[x.dim() - original.dim() :]
             raise ValueError(
-                f"{name}: got shape {list(x.shape)}, expected {list(expected[name])} to match query {list(query.shape)}"
+                f"{name}: got shape {list(original.shape)}, expected {want} to match query {list(query.shape)}"
                 + (" and key" if name == "value" else " and prompt_key" if name == "prompt_value" else "")
             )
     if heads_kv == 0 or heads % heads_kv:
@@ -135,6 +139,9 @@ def _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mas
             f"query: got {heads} heads for {heads_kv} key heads, expected a multiple (grouped-query attention)"
         )
     check_index(prompt_index, batch, bank)
+    if config.DEBUG and not torch.compiler.is_compiling():
+        check_finite(prompt_key, name="prompt_key")
+        check_finite(prompt_value, name="prompt_value")
     _check_mask(attn_mask, (batch, heads, tq, tk))
     attn_mask = None if attn_mask is None else attn_mask.detach()
     return (
@@ -211,4 +218,11 @@ def _autograd(ctx, grad_out, grad_lse):
     return tuple(grads)
 
 
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "prompt_attention: the fast implementations have no second derivative; use impl='reference' for it"
+    )
+
+
 torch.library.register_autograd("fastprompt::prompt_attention", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("fastprompt::prompt_attention_backward", _no_second_derivative, lib=LIBRARY)

@@ -53,7 +53,8 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
         raise CheckpointError(f"method: got {content['method']!r}, expected one of {', '.join(sorted(RECIPES))}")
     try:
         config = recipe(**content["config"])
-        handle = attach(model, config, tower=content["tower"], train=content["train"])
+        with torch.random.fork_rng([]):  # the initial prompts are drawn, and then replaced
+            handle = attach(model, config, tower=content["tower"], train=content["train"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"model: the saved prompts do not fit {type(model).__name__}: {error}") from error
     try:

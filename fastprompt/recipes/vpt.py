@@ -64,12 +64,12 @@ class VPT:
             raise ValueError(f"dropout: got {self.dropout!r}, expected a probability in [0, 1)")
         if self.depth not in ("deep", "shallow"):
             raise ValueError(f"depth: got {self.depth!r}, expected 'deep' or 'shallow'")
-        if self.init not in _INITS:
+        if not isinstance(self.init, str) or self.init not in _INITS:
             raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(map(repr, _INITS))}")
         if self.layers is not None:
             if self.depth == "shallow":
                 raise ValueError("layers: shallow prompts enter the first layer only; use depth='deep' with layers=...")
-            layers = tuple(self.layers)
+            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
             if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
                 raise ValueError(f"layers: got {self.layers!r}, expected a non-empty sequence of layer numbers or None")
             object.__setattr__(self, "layers", layers)

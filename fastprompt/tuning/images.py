@@ -76,12 +76,20 @@ class ImageTask:
 
 
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Top-level names of the parameters outside the base model: the head that trains with the prompts."""
-    tops = {name.split(".")[0] for name, _ in model.named_parameters()}
-    return tuple(sorted(tops - {model.base_model_prefix}))
+    """Top-level names of the parameters outside the vision tower: the head that trains with the prompts.
+
+    Raises:
+        ValueError: all parameters are inside the tower; the model has no head to train.
+    """
+    from fastprompt.hf.sites import choose_tower
+
+    tower = choose_tower(model, "vision").name.split(".")[0]
+    heads = sorted({name.split(".")[0] for name, _ in model.named_parameters()} - {tower, model.base_model_prefix})
+    if not tower or not heads:
+        raise ValueError(f"model: {type(model).__name__} has no head; expected an image classification model")
+    return tuple(heads)
 
 
 def best_autocast() -> Literal["bfloat16"] | None:
-    """``"bfloat16"`` where the CPU computes in it (or there is a GPU), None elsewhere."""
-    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if fast else None
+    """``"bfloat16"`` where the CPU computes in it, None elsewhere."""
+    return "bfloat16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None

@@ -3,6 +3,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Run:
         config: hyper-parameters.
         folder: for log and checkpoint, or None.
         shown: whether to show bars.
+        about: what else decides what the run computes.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Run:
         config: TuneConfig,
         folder: Path | None,
         shown: bool,
+        about: Mapping[str, str | int],
     ) -> None:
         self.model, self.params, self.train_set, self.eval_set = model, params, train_set, eval_set
-        self.config, self.folder, self.shown = config, folder, shown
+        self.config, self.folder, self.shown, self.about = config, folder, shown, about
         self.device, self.devices = device_of(model), cuda_devices(model)
         self.optimizer = _optimizer(params, config)
         self.steps_an_epoch = math.ceil(len(train_set) / config.batch_size)
@@ -219,7 +222,7 @@ class Run:
     def _trajectory(self) -> dict[str, Any]:
         """Return all that decides what the run computes, for its checkpoint to be refused by any other."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE_SETTINGS}
-        return settings | {"train_examples": len(self.train_set)}
+        return settings | {"train_examples": len(self.train_set), **self.about}
 
 
 def _optimizer(params: list[Tensor], config: TuneConfig) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-def peak_memory(work: Callable[[], Any]) -> int:
+def peak_memory(work: Callable[[], Any], device: str = "cpu") -> int:
     """Bytes that ``work()`` needs at its peak on top of what is held before it.
 
     On a GPU this is exact (the allocator's count). On a CPU it is the growth of the resident set, so run it once in a
@@ -19,22 +19,23 @@ def peak_memory(work: Callable[[], Any]) -> int:
 
     Args:
         work: Called once.
+        device: ``"cpu"`` or ``"cuda"``.
 
     Example:
         >>> peak_memory(lambda: torch.ones(1 << 24)) >= 0
         True
     """
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident set
+    except OSError:
+        before = _peak_of_process()
         work()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    reset.write_text("5")  # resets VmHWM, the peak of the resident set
+        return _peak_of_process() - before
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
@@ -45,3 +46,10 @@ def _status(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+def _peak_of_process() -> int:
+    import resource  # absent on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

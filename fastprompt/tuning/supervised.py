@@ -3,7 +3,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +56,7 @@ def tune(
     out_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    about: Mapping[str, str | int] | None = None,
 ) -> TuneResult:
     """Train the handle's parameters on a labelled data set while everything else in the model stays frozen.
 
@@ -76,6 +77,7 @@ def tune(
         out_dir: folder for log and checkpoint, made if missing; None writes nothing (default None).
         resume: go on from the checkpoint in ``out_dir``; without one, start, overwriting any log (default False).
         progress: show bars (default True).
+        about: what else the run is (recipe, model, data, ...); a checkpoint of a run that says otherwise is refused.
 
     Raises:
         ValueError: the handle has nothing to train, or an option needs ``out_dir``.
@@ -104,7 +106,7 @@ def tune(
         check_examples("eval_set", eval_set)
     _check_folder(folder, config, resume)
     with eval_mode(model), frozen_except(model, params), torch.random.fork_rng(cuda_devices(model)):
-        run = Run(model, params, train_set, eval_set, config, folder, progress)
+        run = Run(model, params, train_set, eval_set, config, folder, progress, about or {})
         run.start(resume)
         run.finish()
     if folder is not None and hasattr(handle, "save"):

@@ -31,14 +31,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _mask(query: Tensor, tk: int, prompts: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Additive mask ``[B|1,Hq|1,Tq|1,P+Tk]`` in the query dtype, zero over prompts."""
+    """Additive mask ``[B|1,Hq|1,Tq|1,P+Tk]``, float32 or wider where its values matter, zero over prompts."""
     tq = query.shape[2]
     mask = None
     if attn_mask is not None:
-        mask = attn_mask
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        mask = mask.to(query.dtype)
+        if attn_mask.dtype == torch.bool:
+            mask = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        else:
+            mask = attn_mask.to(torch.promote_types(query.dtype, torch.float32))
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(*mask.shape[:3], tk)
     if is_causal:
@@ -134,9 +134,23 @@ def backward(
     else:
         rows = query.shape[0] * query.shape[1] // heads_kv * query.shape[2]
         step = max(1, min(heads_kv, WORKSPACE // max(1, rows * prompts)))
+        mask, level = _level(mask, lse, query.dtype)
         for h in range(0, heads_kv, step):
-            _Heads(slice(h, h + step), grad_out, grad_lse, inputs, prompt_index, mask, out, lse, scale, grads).run()
+            heads = slice(h, h + step)
+            _Heads(heads, grad_out, grad_lse, inputs, prompt_index, mask, out, lse, level, scale, grads).run()
     return [g for g in grads if g is not None]
+
+
+def _level(mask: Tensor | None, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """The mask less each row's maximum, in ``dtype``, and the lse that belongs to it.
+
+    Softmax does not see the shift, and a half-precision sum of scores and mask would not survive a mask of -300.
+    """
+    if mask is None:
+        return None, lse
+    peak = mask.amax(dim=-1, keepdim=True).to(lse.dtype)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    return (mask - peak).to(dtype), lse - peak.squeeze(-1)
 
 
 def _by_flash(grad_out, inputs, prompt_index, mask, out, lse, scale, grads) -> None:
@@ -167,7 +181,7 @@ def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
 class _Heads:
     """The backward of a slice of KV heads: tiles of samples or of query rows, then one reduction a prompt."""
 
-    def __init__(self, heads, grad_out, grad_lse, inputs, prompt_index, mask, out, lse, scale, grads):
+    def __init__(self, heads, grad_out, grad_lse, inputs, prompt_index, mask, out, lse, level, scale, grads):
         query, key, value, prompt_key, prompt_value = inputs
         self.hkv, self.groups = key[:, heads].shape[1], query.shape[1] // key.shape[1]
         q_heads = slice(heads.start * self.groups, heads.stop * self.groups)
@@ -175,7 +189,8 @@ class _Heads:
         def by_group(x: Tensor) -> Tensor:  # [B,Hq,T,...] -> [B,Hkv,G,T,...]
             return x[:, q_heads].unflatten(1, (self.hkv, self.groups))
 
-        self.query, self.grad_out, self.out, self.lse = map(by_group, (query, grad_out, out, lse))
+        self.query, self.grad_out, self.out = map(by_group, (query, grad_out, out))
+        self.lse, self.level = by_group(lse), by_group(level)
         self.grad_lse = None if grad_lse is None else by_group(grad_lse)
         self.key, self.value = key[:, heads], value[:, heads]
         self.prompt_key, self.prompt_value = (p[:, heads].to(query.dtype) for p in (prompt_key, prompt_value))
@@ -271,9 +286,9 @@ class _Heads:
 
     def _centring(self, b: slice, t: slice) -> Tensor:
         """The column of the query that subtracts c from a row's scaled scores, where the keys' column is 1."""
-        lse = self._flat(self.lse, b, t).unsqueeze(-1)
+        lse = self._flat(self.level, b, t).unsqueeze(-1)
         centre = lse.masked_fill(lse == -torch.inf, 0.0) - 2 / 3 * math.log(self.prompts + self.tk)
-        # A tiny scale or a finite mask over a whole row must not overflow: any finite centre gives the same softmax.
+        # A tiny scale must not overflow: any finite centre gives the same softmax.
         limit = torch.finfo(self.query.dtype).max / 2
         column = centre.clamp(-limit, limit) * (-1 / self.scale if self.scale else 0.0)
         return column.clamp(-limit, limit).to(self.query.dtype)
