@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint results clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -34,8 +34,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m bench.run vpt_step
+# Measures everything that README.md and bench/results show, and rewrites their tables. Takes about half an hour.
+results: $(VENV)/.dev
+	$(BIN)/fastprompt demo --full --out runs/full
+	cp runs/full/results.jsonl bench/results/demo-textile.jsonl
+	cp runs/full/results.png bench/results/demo-textile.png
+	rm -f bench/results/vpt_step-cpu.jsonl bench/results/prompt_attention-cpu.jsonl
+	$(BIN)/python -m bench.run vpt_step --json bench/results/vpt_step-cpu.jsonl
+	for dtype in bfloat16 float32; do for prompts in 10 100; do \
+	  $(BIN)/python -m bench.run prompt_attention --rounds 15 --set dtype=$$dtype prompts=$$prompts \
+	    --json bench/results/prompt_attention-cpu.jsonl || exit 1; done; done
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fastprompt.errors import AssetError, AttachError, CheckpointError, DataErro
 
 EXPECTED = (
     AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError,
-    ValueError, FileExistsError, FileNotFoundError, FloatingPointError, ImportError,
+    ValueError, OSError, FloatingPointError, ImportError,
 )  # fmt: skip
 
 RUN = "run.json"
@@ -128,7 +130,10 @@ def _tune(args: argparse.Namespace) -> None:
     from fastprompt.tuning import TuneConfig, plot_log, tune
     from fastprompt.tuning.images import ImageTask, best_autocast, head_names
 
-    task = ImageTask(args.model, args.data, args.shots, args.eval_size, args.image_size, args.seed, args.cache_dir)
+    # Absolute paths, so that `eval` finds them from anywhere.
+    model_name = args.model if args.model == "dinov2-small" else str(Path(args.model).resolve())
+    data = args.data if args.data == "textile" else str(Path(args.data).resolve())
+    task = ImageTask(model_name, data, args.shots, args.eval_size, args.image_size, args.seed, args.cache_dir)
     recipe = fastprompt.VPT(args.length, args.depth, args.layers)
     autocast = {"auto": best_autocast(), "off": None}.get(args.autocast, args.autocast)
     config = TuneConfig(
@@ -141,14 +146,24 @@ def _tune(args: argparse.Namespace) -> None:
     handle = fastprompt.attach(model, recipe, tower="vision", train=head_names(model))
     train_set, eval_set = task.split(model)
     print(f"{handle!r}\n{len(train_set)} training and {len(eval_set)} evaluation images of {', '.join(classes)}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "recipe": repr(recipe), "model": task.model, "data": task.data, "shots": task.shots,
+        "image_size": task.image_size, "classes": ", ".join(classes),
+    }  # fmt: skip
+    result = tune(
+        model, handle, train_set, eval_set, config=config, out_dir=args.out, resume=args.resume, about=about
+    )  # fmt: skip
     run = {"task": asdict(task), "classes": list(classes), "autocast": autocast, "fastprompt": fastprompt.__version__}
-    result = tune(model, handle, train_set, eval_set, config=config, out_dir=args.out, resume=args.resume)
     (args.out / RUN).write_text(json.dumps(run, indent=2))
-    plot_log(args.out / "log.jsonl", args.out / "curves.png")
-    print(f"{result.steps} steps, {result.seconds_per_step:.3f} s a step, train loss {result.train_loss:.4f}")
+    took = "was finished" if math.isnan(result.seconds_per_step) else f"{result.seconds_per_step:.3f} s a step"
+    print(f"{result.steps} steps, {took}, train loss {result.train_loss:.4f}")
     _print_accuracy(result.evaluation, classes)
-    print(f"saved: {args.out}/prompts.safetensors, log.jsonl, curves.png")
+    print(f"saved: {args.out}/prompts.safetensors, log.jsonl")
+    if find_spec("matplotlib"):
+        plot_log(args.out / "log.jsonl", args.out / "curves.png")
+        print(f"plotted: {args.out}/curves.png")
+    else:
+        print('no plot: matplotlib is not installed (pip install "fastprompt[demo]")')
 
 
 def _print_accuracy(result: Any, classes: Any) -> None:
@@ -166,8 +181,11 @@ def _eval(args: argparse.Namespace) -> None:
     file = args.run / RUN
     if not file.is_file():
         raise FileNotFoundError(f"run: no {file}, expected a folder that `fastprompt tune --out` finished")
-    run = json.loads(file.read_text())
-    task, classes = ImageTask(**run["task"]), run["classes"]
+    try:
+        run = json.loads(file.read_text())
+        task, classes, autocast = ImageTask(**run["task"]), run["classes"], run["autocast"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file}: damaged ({error!r}), expected what `fastprompt tune` writes") from error
     model = task.build_model(len(classes))
     fastprompt.load(model, args.run)
     if args.data:
@@ -178,7 +196,7 @@ def _eval(args: argparse.Namespace) -> None:
         examples = images.load_all()
     else:
         _, examples = task.split(model)
-    _print_accuracy(evaluate(model, examples, batch_size=args.batch_size, autocast=run["autocast"]), classes)
+    _print_accuracy(evaluate(model, examples, batch_size=args.batch_size, autocast=autocast), classes)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -188,6 +206,7 @@ def _info(args: argparse.Namespace) -> None:
     import torch
 
     from fastprompt.data import assets
+    from fastprompt.tuning.images import best_autocast
 
     print(f"fastprompt {fastprompt.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "triton", "safetensors", "numpy", "pillow", "onnx", "matplotlib"):
@@ -195,15 +214,19 @@ def _info(args: argparse.Namespace) -> None:
             print(f"  {package:<13} {version(package)}")
         except PackageNotFoundError:
             print(f"  {package:<13} not installed")
-    print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bfloat16 "
-          f"{'in hardware' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'emulated'}")  # fmt: skip
+    bf16 = "in hardware" if best_autocast() else "emulated"
+    print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bfloat16 {bf16}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cuda: {', '.join(gpus) or 'none'}")
     device = "cuda" if gpus else "cpu"
     x, row = torch.zeros(1, 1, 1, 8, device=device), torch.zeros(1, 1, 1, device=device)
     print(f"operations on {device}:")
-    print("  " + str(fastprompt.explain(fastprompt.ops.prompt_attention, x, x, x, x, x)).replace("\n", "\n  "))
-    print("  " + str(fastprompt.explain(fastprompt.ops.merge_states, x, row, x, row)).replace("\n", "\n  "))
+    for op, inputs in ((fastprompt.ops.prompt_attention, (x,) * 5), (fastprompt.ops.merge_states, (x, row, x, row))):
+        try:
+            shown = str(fastprompt.explain(op, *inputs))
+        except (ImplUnavailableError, ValueError) as error:
+            shown = str(error)
+        print("  " + shown.replace("\n", "\n  "))
     print("assets: " + ", ".join(f"{s.asset.name} ({s.state})" for s in assets.status()))
 
 

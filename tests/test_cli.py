@@ -6,9 +6,19 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from fastprompt.cli import main
+from fastprompt.tuning.images import head_names
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +156,49 @@ def test_inspect_refuses_a_tampered_file(photos, tiny_vit, tmp_path, capsys):
     (out / "prompt_config.json").write_text(json.dumps(config))
     assert main(["inspect", str(out)]) == 1
     assert "sha256" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_task(photos, tiny_vit, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(tune_arguments(photos, tiny_vit, out, "--layers", "0")) == 0
+    before = (out / "prompts.safetensors").read_bytes()
+    assert main(tune_arguments(photos, tiny_vit, out, "--layers", "1", "--resume")) == 1
+    assert "VPT(length=3" in capsys.readouterr().err
+    assert (out / "prompts.safetensors").read_bytes() == before
+
+
+def test_out_below_a_file_is_a_clear_error(photos, tiny_vit, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert main(tune_arguments(photos, tiny_vit, file / "run")) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_damaged_run_file_is_a_clear_error(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["eval", str(tmp_path)]) == 1
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_info_reports_an_implementation_that_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr("fastprompt.config.IMPL", "triton")
+    assert main(["info"]) == 0
+    assert "cannot run prompt_attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        (ViTConfig, ViTForImageClassification),
+        (SiglipVisionConfig, SiglipForImageClassification),
+        (CLIPVisionConfig, CLIPForImageClassification),
+    ],
+    ids=["vit", "siglip", "clip"],
+)
+def test_only_the_head_trains_with_the_prompts(config, model):
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+        "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    whole = {SiglipVisionConfig: SiglipConfig, CLIPVisionConfig: CLIPConfig}.get(config)
+    assert head_names(model(whole(vision_config=sizes) if whole else config(**sizes))) == ("classifier",)

@@ -238,3 +238,21 @@ def test_out_alone_is_the_out_of_the_pair():
     out, lse = prompt_attention(*inputs, return_lse=True)
     assert torch.equal(prompt_attention(*inputs), out)
     assert lse.shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("wide", [True, False], ids=["float32-mask", "half-mask"])
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+@pytest.mark.parametrize("prompts", [0, 3])
+def test_a_mask_with_an_offset_keeps_its_values(dtype, wide, offset, prompts):
+    """Softmax does not see an offset of a whole row, but a half-precision sum of mask and scores would."""
+    inputs = make(dtype, tq=16, tk=16, prompts=prompts)
+    mask = (torch.randn(16, 16) + offset).to(torch.float32 if wide else dtype)
+    check(inputs, *grads_of(inputs, with_lse=False), attn_mask=mask)
+
+
+def test_second_derivatives_point_to_the_reference():
+    inputs = leaves(make(torch.float64))
+    first = torch.autograd.grad(prompt_attention(*inputs).sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='reference'"):
+        torch.autograd.grad(first[0].sum(), inputs)

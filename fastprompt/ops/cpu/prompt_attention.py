@@ -211,7 +211,7 @@ class _Heads:
     def run(self) -> None:
         """Write every gradient that was asked for into its slice of the output."""
         rows = self.groups * self.tq
-        kept = (self.batch, self.hkv, self.groups, self.tq, self.prompts)
+        kept = (self.hkv, self.batch, self.groups, self.tq, self.prompts)  # heads first: the reduction copies nothing
         p_kept = self.query.new_empty(kept) if self.dpv is not None else None
         ds_kept = self.query.new_empty(kept) if self.dpk is not None else None
         count = max(1, min(self.batch, TILE // max(1, self.hkv * rows * self.columns)))
@@ -230,7 +230,7 @@ class _Heads:
                 q, do, p, ds = self._tile(b, t, k, v, tiles)
                 for store, tile in ((p_kept, p), (ds_kept, ds)):
                     if store is not None:
-                        store[b, :, :, t] = self._rows(tile, b, t)[..., : self.prompts]
+                        store[:, b, :, t] = self._rows(tile, b, t)[..., : self.prompts].transpose(0, 1)
                 if self.dq is not None:
                     self.dq[b, :, :, t] = self._rows(self._product(ds, k, self.scale), b, t)[..., :-1]
                 if self.dk is not None:
@@ -324,5 +324,5 @@ class _Heads:
         if grad is None or kept is None:
             return
         for g, samples in _prompt_groups(self.prompt_index, len(grad), self.batch):
-            left, right = (x[samples].transpose(0, 1).flatten(1, 3).to(grad.dtype) for x in (kept, rows))
+            left, right = (x[:, samples].flatten(1, 3).to(grad.dtype) for x in (kept, rows.transpose(0, 1)))
             grad[g] = self._product(left.transpose(1, 2), right, factor)
