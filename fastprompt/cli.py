@@ -146,7 +146,7 @@ def _tune(args: argparse.Namespace) -> None:
     handle = fastprompt.attach(model, recipe, tower="vision", train=head_names(model))
     train_set, eval_set = task.split(model)
     print(f"{handle!r}\n{len(train_set)} training and {len(eval_set)} evaluation images of {', '.join(classes)}")
-    about = {
+    about: dict[str, str | int] = {
         "recipe": repr(recipe), "model": task.model, "data": task.data, "shots": task.shots,
         "image_size": task.image_size, "classes": ", ".join(classes),
     }  # fmt: skip

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import io
+
 import pytest
 import torch
 from tiny_models import (
@@ -181,3 +183,23 @@ def test_inputs_are_not_changed():
     copied = {k: x.clone() for k, x in given.items()}
     model(**given)
     assert same(given, copied)
+
+
+def test_attention_switched_away_is_an_error_and_not_a_model_without_prompts():
+    model = build("ViT")
+    attach_prompts(model)
+    with_prompts = outputs(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(AttachError, match="set_attn_implementation"):
+        outputs(model)
+    model.set_attn_implementation("fastprompt")
+    assert same(outputs(model), with_prompts)
+
+
+def test_an_attached_model_pickles():
+    model = build("ViT")
+    attach_prompts(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert same(outputs(torch.load(file, weights_only=False)), outputs(model))

@@ -28,7 +28,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     from bench.cases import vpt_step
 
     honest = vpt_step._kv_concat
-    monkeypatch.setattr(vpt_step, "_kv_concat", lambda *a, **k: (2 * honest(*a, **k)[0], None))
+    monkeypatch.setattr(vpt_step, "_kv_concat", lambda *a, **k: 2 * honest(*a, **k))
     with pytest.raises(AssertionError, match="kv_concat differs"):
         main(["vpt_step", "--rounds", "1", "--set", "layers=2", "batch=2", "prompts=3"])
 

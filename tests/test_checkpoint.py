@@ -253,7 +253,8 @@ def swapped_tensors(change):
     def damage(folder):
         tensors = change(safetensors.torch.load_file(folder / TENSORS))
         safetensors.torch.save_file(tensors, folder / TENSORS)
-        signed(tensors_sha256=hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest())(folder)
+        declared = {n: {"shape": list(x.shape), "dtype": str(x.dtype)} for n, x in tensors.items()}
+        signed(tensors_sha256=hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest(), tensors=declared)(folder)
 
     return damage
 
@@ -310,6 +311,10 @@ DAMAGES = {
         swapped_tensors(lambda tensors: tensors | {"layers.3.prompt": torch.zeros(5, 31)}),
         r"layers.3.prompt: got shape \[5, 31\], expected \[5, 32\]",
     ),
+    "tensors declared otherwise": (signed(tensors={}), "those of prompts.safetensors"),
+    "an empty base": (signed(base={}), r"base.layers"),
+    "no weights of the base": (signed(base={"layers": 4, "width": 32, "kv_heads": 4, "head_dim": 8}), "base.weights"),
+    "a method that is no name": (signed(method=["VPT"]), r"\['method'\]"),
     "no safetensors": (no_safetensors, "not a safetensors file"),
 }
 

@@ -9,14 +9,15 @@ flowing down to the embedding output. All train the same linear head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, Dinov2Config, Dinov2ForImageClassification
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
 import fastprompt
 from bench.case import Case
-from fastprompt.hf.attention import CHILD
+from fastprompt.hf import attention
 from fastprompt.hf.published import InsertedPrompts
 
 
@@ -55,20 +56,22 @@ def build(device: str, batch: int = 16, prompts: int = 100, layers: int = 12, th
         model.classifier.requires_grad_(True)
         return step(model, [*inserted.parameters(), *model.classifier.parameters()], autocast)
 
-    def attached(autocast: bool = True, attention: str = "fastprompt"):
+    def attached(autocast: bool = True):
         model = fresh()
         handle = fastprompt.attach(model, fastprompt.VPT(length=prompts), train=("classifier",))
         with torch.no_grad():
             for p, value in zip(handle.parameters(), initial, strict=False):
                 p.copy_(value)
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation = attention
         return step(model, list(handle.parameters()), autocast)
 
     def kv_concat(autocast: bool = True):
-        AttentionInterface.register("bench_kv_concat", _kv_concat)
-        return attached(autocast, "bench_kv_concat")
+        run = attached(autocast)
+
+        def concatenated() -> list:
+            with patch.object(attention, "prompt_attention", _kv_concat):
+                return run()
+
+        return concatenated
 
     def floor():
         model = fresh()
@@ -93,10 +96,10 @@ def build(device: str, batch: int = 16, prompts: int = 100, layers: int = 12, th
     return Case("vpt_step", providers, "published", check, params)
 
 
-def _kv_concat(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def _kv_concat(query, key, value, prompt_key, prompt_value, *, attn_mask, is_causal, scale):
     """The fair baseline: K_p and V_p once a step, concatenated to every sample's keys."""
-    prompt_key, prompt_value = (x.expand(len(key), -1, -1, -1) for x in getattr(module, CHILD).key_value())
-    out = nn.functional.scaled_dot_product_attention(
-        query, torch.cat([prompt_key, key], 2), torch.cat([prompt_value, value], 2), scale=scaling
+    keys, values = (
+        torch.cat([prompt.expand(len(key), -1, -1, -1), instance], dim=2)
+        for prompt, instance in ((prompt_key, key), (prompt_value, value))
     )
-    return out.transpose(1, 2).contiguous(), None
+    return nn.functional.scaled_dot_product_attention(query, keys, values, scale=scale)
