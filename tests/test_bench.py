@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark runner on a two-layer version of its case."""
 
+import importlib
 import json
 
 import numpy as np
@@ -38,3 +39,11 @@ def test_ratios_are_taken_within_a_round():
     rows = summary(times, "a")
     assert rows["b"]["ratio_p50"] == pytest.approx(0.5)
     assert rows["b"]["p50_s"] == pytest.approx(np.median(times["b"]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_prompt_attention_candidates_agree(dtype):
+    case = importlib.import_module("bench.cases.prompt_attention").build(
+        "cpu", batch=2, heads=2, tokens=19, dim=16, prompts=3, dtype=dtype
+    )
+    assert set(case.check()) == set(case.providers) - {"floor"}

@@ -127,5 +127,5 @@ class _Ours(torch.autograd.Function):
             cpu._by_flash(grad, inputs, None, None, out, lse, ctx.scale, grads)
         else:
             heads = slice(0, inputs[1].shape[1])
-            cpu._Heads(heads, grad, None, inputs, None, None, out, lse, ctx.scale, grads).run()
+            cpu._Heads(heads, grad, None, inputs, None, None, out, lse, lse, ctx.scale, grads).run()
         return *grads, None, None

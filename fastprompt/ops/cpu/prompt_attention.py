@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Scores of one tile (elements): small enough for the cache, large enough that a step is not all thread barriers.
-TILE = 1 << 21
+# Scores of one tile (elements): close to the caches, and large enough that a step is not all thread barriers.
+TILE = 1 << 22
 # Prompt columns kept for the reduction over the batch (elements): bounds the workspace of the backward.
 WORKSPACE = 1 << 24
 
