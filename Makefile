@@ -34,7 +34,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Measures everything that README.md and bench/results show, and rewrites their tables. Takes about half an hour.
+# Measures everything that README.md and bench/results show, and rewrites their tables.
 results: $(VENV)/.dev
 	$(BIN)/fastprompt demo --full --out runs/full
 	cp runs/full/results.jsonl bench/results/demo-textile.jsonl

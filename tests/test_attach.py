@@ -29,6 +29,7 @@ from transformers import (
 import fastprompt
 from fastprompt import VPT, AttachError
 from fastprompt.hf.attention import observe
+from fastprompt.hf.published import InsertedPrompts
 
 # Back to where it was
 
@@ -203,3 +204,48 @@ def test_an_attached_model_pickles():
     torch.save(model, file)
     file.seek(0)
     assert same(outputs(torch.load(file, weights_only=False)), outputs(model))
+
+
+def test_a_shared_projection_equals_inserting_what_it_gives():
+    model = build("ViT", torch.float64)
+    handle = fastprompt.attach(model, VPT(LENGTH, project=8))
+    names = [name for name, _ in handle.named_parameters()]
+    assert names == [f"layers.{i}.prompt" for i in range(LAYERS)] + [
+        f"layers.0.projection.{n}" for n in ("weight", "bias")
+    ]
+    assert sum("fastprompt.projection" in name for name in model.state_dict()) == 2
+    parameters = dict(handle.named_parameters())
+    *prompts, weight, bias = parameters.values()
+    found = step(model, parameters.values())
+    handle.detach()
+    rows = {i: torch.nn.Parameter((p @ weight.T + bias).detach()) for i, p in enumerate(prompts)}
+    with InsertedPrompts(model, rows):
+        want = step(model, rows.values())
+        grads = [row.grad for row in rows.values()]
+    for name in outputs(model):
+        torch.testing.assert_close(found[name], want[name], rtol=1e-10, atol=1e-10)
+    for prompt, grad in zip(prompts, grads, strict=True):
+        torch.testing.assert_close(prompt.grad, grad @ weight.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(bias.grad, sum(grads).sum(0), rtol=1e-9, atol=1e-12)
+    expected = sum(grad.T @ prompt.detach() for grad, prompt in zip(grads, prompts, strict=True))
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_prompt_dropout_acts_in_training_alone_and_serves_the_batch():
+    model = build("ViT")
+    handle = fastprompt.attach(model, VPT(LENGTH, dropout=0.5))
+    child = model.get_submodule("layers.0.attention.fastprompt")
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(child.rows(), child.prompt)
+        assert same(outputs(model), outputs(model))
+        model.train()
+        rows = child.rows()
+        dropped = rows == 0
+        assert 0.2 < dropped.float().mean() < 0.8
+        torch.testing.assert_close(rows[~dropped], 2 * child.prompt[~dropped])
+        keys, values = child.key_value()
+        assert keys.dim() == values.dim() == 3  # [Hkv,P,D]: no batch axis
+        assert not torch.equal(keys, child.key_value()[0])
+    handle.bake()
+    assert torch.equal(child.rows(), child.prompt)

@@ -125,14 +125,13 @@ class ProjectedPrompt(nn.Module):
         self._baked = True
 
 
-def vpt_uniform(length: int, width: int, patch_values: int, generator: torch.Generator | None = None) -> Tensor:
+def vpt_uniform(length: int, width: int, patch_values: int) -> Tensor:
     """VPT's initialisation: uniform in ``±sqrt(6 / (patch_values + width))``, Glorot's bound of a patch embedding.
 
     Args:
         length: Number of prompts P.
         width: Model width C.
         patch_values: Numbers in one patch, ``channels * patch_height * patch_width``.
-        generator: Source of randomness; None is torch's default.
 
     Returns:
         float32 ``[length, width]``.
@@ -145,4 +144,4 @@ def vpt_uniform(length: int, width: int, patch_values: int, generator: torch.Gen
     https://arxiv.org/abs/2203.12119
     """
     bound = math.sqrt(6.0 / (patch_values + width))
-    return torch.empty(length, width).uniform_(-bound, bound, generator=generator)
+    return torch.empty(length, width).uniform_(-bound, bound)

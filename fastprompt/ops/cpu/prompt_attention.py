@@ -9,7 +9,7 @@ nothing but prompts needs a gradient, the products visit the prompt columns alon
 In half precision the scores of a tile are rounded once, by the matrix product that writes them. Softmax is
 shift-invariant, so each row is centred first, inside the product, by an extra column: c = lse - 2/3 log(keys) keeps the
 scores that carry weight near zero, whether attention is flat or peaked, and the rounding error near that of float32
-scores (without centring it grows with the size of the logits: 4x at logits of 20).
+scores (without centring it grows with the size of the logits).
 """
 
 from __future__ import annotations
