@@ -31,7 +31,7 @@ PINNED = Config(rows=32, keys=32, warps=4, stages=1)
 
 #: (kernel, bytes of an element) -> the largest padded head size a configuration serves -> configuration.
 TABLE: dict[tuple[str, int], dict[int, Config]] = {
-    ("forward", 2): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    ("forward", 2): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
     ("query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
     ("key_value", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
     ("prompt", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
@@ -69,11 +69,18 @@ def slot(kernel: str, itemsize: int, padded_dim: int) -> str:
     return f"{kernel}-{8 * itemsize}bit-d{padded_dim}"
 
 
-def choose(kernel: str, itemsize: int, padded_dim: int, rows: int, keys: int) -> Config:
-    """The configuration of a kernel, its tile no larger than the (padded) problem."""
+def choose(kernel: str, itemsize: int, padded_dim: int, rows: int, keys: int, masked: bool = False) -> Config:
+    """The configuration of a kernel, its tile no larger than the (padded) problem.
+
+    A mask takes registers for a tile of addresses and values; a smaller tile makes room for them.
+    """
     config = _tuned.get(slot(kernel, itemsize, padded_dim))
     if config is None:
         config = next(c for largest, c in TABLE[kernel, itemsize].items() if padded_dim <= largest)
+    if masked:
+        config = config._replace(rows=max(16, config.rows // 2))
+        if padded_dim > 64:
+            config = config._replace(keys=max(16, config.keys // 2))
     return fit(config, rows, keys)
 
 

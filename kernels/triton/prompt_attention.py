@@ -72,7 +72,8 @@ class Problem:
         """The configuration of one kernel."""
         if INTERPRET:
             return configs.fit(configs.PINNED, rows, keys)
-        return configs.choose(kernel, self.query.element_size(), self.dim["BLOCK_D"], rows, keys)
+        masked = self.mask is not None and kernel != "prompt"
+        return configs.choose(kernel, self.query.element_size(), self.dim["BLOCK_D"], rows, keys, masked)
 
     def inputs(self) -> dict[str, object]:
         """What both kernels that loop over keys read."""

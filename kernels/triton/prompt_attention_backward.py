@@ -8,10 +8,10 @@ dK = scale dS^T Q, dV = P^T dO; the same for prompt and instance keys. No kernel
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, extent, load_prompt, load_rows, load_tile, mask_scores, matmul_input, safe_lse, split, store_tile
+from .tiles import LOG2E, SIZES, extent, load_prompt, load_rows, load_tile, mask_scores, matmul_input, safe_lse, split, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
     out, grad_out, grad_lse, cu_seqlens, delta, so, sdo, sdl, sl, heads, tiles, tq,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -29,7 +29,7 @@ def delta_kernel(
     tl.store(delta + b * sl[0] + head * sl[1] + (first + rows) * sl[2], total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     query, key, value, prompt_key, prompt_value, prompt_index, mask, cu_seqlens, grad_out, lse, delta, grad_query,
     sq, sk, sv, spk, spv, sm, sdo, sl, sdq, heads, groups, tiles, tq, tk, prompts, scale,
@@ -104,7 +104,7 @@ def accumulate(dk, dv, q, do, k, v, scores, level, base, NEED_K: tl.constexpr, N
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_value_kernel(
     query, key, value, mask, cu_seqlens, grad_out, lse, delta, grad_key, grad_value,
     sq, sk, sv, sm, sdo, sl, sdk, sdv, heads_kv, groups, tiles, tq, tk, scale,
@@ -155,7 +155,7 @@ def key_value_kernel(
             store_tile(grad_value, dv, cols, there, sdv[2], sdv[3], D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prompt_kernel(
     query, prompt_key, prompt_value, order, starts, grad_out, lse, delta, work_key, work_value,
     sq, spk, spv, sdo, sl, heads_kv, groups, tiles, splits, bank, tq, rows_total, prompts, scale,
@@ -218,7 +218,7 @@ def prompt_kernel(
         store_tile(work_value + slot, dv, cols, there, D, 1, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reduce_kernel(work, grad, splits, size, BLOCK: tl.constexpr):
     """Sum ``work [splits, size]`` over splits, in their order, in float32, and cast once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

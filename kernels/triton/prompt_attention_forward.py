@@ -7,6 +7,7 @@ import triton.language as tl
 from .tiles import (
     LN2,
     LOG2E,
+    SIZES,
     extent,
     load_prompt,
     load_tile,
@@ -18,7 +19,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     query, key, value, prompt_key, prompt_value, prompt_index, mask, cu_seqlens, out, lse,
     sq, sk, sv, spk, spv, sm, so, sl, heads, groups, tiles, tq, tk, prompts, scale,
@@ -37,7 +38,6 @@ def forward_kernel(
     start = tile * BLOCK_M
     if start < tq:
         g = b if prompt_index is None else tl.load(prompt_index + b)
-        # tl.multiple_of hints are left to the specialisation of arguments: strides need not be multiples of anything.
         query += b * sq[0] + head * sq[1] + first * sq[2]
         out += b * so[0] + head * so[1] + first * so[2]
         lse += b * sl[0] + head * sl[1] + first * sl[2]

@@ -7,6 +7,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+#: Arguments whose value should not make Triton compile a kernel again.
+SIZES = ("heads", "heads_kv", "tiles", "tq", "tk", "prompts", "splits", "bank", "rows_total", "size")
+
 
 @triton.jit
 def split(pid, tiles, heads):
