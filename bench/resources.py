@@ -65,23 +65,42 @@ class Usage(NamedTuple):
     warps: int
 
 
+class Variant(NamedTuple):
+    """What changes the code of a kernel, beside dtype and head size."""
+
+    is_causal: bool = False
+    mask: torch.dtype | None = None
+    groups: int = 1
+    bank: int = 1
+    prompts: torch.dtype | None = None
+    packed: bool = False
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "masked": Variant(is_causal=True, mask=torch.uint8),
+    "packed": Variant(is_causal=True, packed=True),
+    "bank": Variant(mask=torch.float32, groups=4, bank=8, prompts=torch.float32),
+}
+
+
 def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     """Every launch of forward and backward on ViT-B/16 shapes, as the launchers plan them; no data is needed."""
+    v = VARIANTS[variant]
     batch, heads, tokens, prompts = 64, 12, 197, 50
-    packed = variant == "packed"
-    rows = (1, tokens * batch) if packed else (batch, tokens)
+    rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
-    def tensor(b: int, t: int) -> Tensor:
-        return torch.empty(b, t, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+    def tensor(b: int, t: int, h: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(b, t, h, dim, dtype=kind, device="meta").transpose(1, 2)
 
-    query, key, value, out, grad_out = (tensor(*rows) for _ in range(5))
-    prompt_key, prompt_value = (torch.empty(1, heads, prompts, dim, dtype=dtype, device="meta") for _ in range(2))
-    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta") if packed else None
-    masked = variant == "masked"
-    mask = torch.empty(batch, 1, 1, tokens, dtype=torch.uint8, device="meta").expand(-1, heads, tokens, -1)
+    query, out, grad_out = (tensor(*rows, heads) for _ in range(3))
+    key, value = (tensor(*rows, heads // v.groups) for _ in range(2))
+    bank = [tensor(v.bank, prompts, heads // v.groups, v.prompts or dtype).contiguous() for _ in range(2)]
+    index = torch.zeros(batch, dtype=torch.int64, device="meta") if v.bank > 1 else None
+    mask = None if v.mask is None else torch.empty(batch, 1, tokens, tokens, dtype=v.mask, device="meta")
     problem = Problem(
-        query, key, value, prompt_key, prompt_value, None, mask if masked else None, variant != "plain", dim**-0.5,
-        cu_seqlens, tokens if packed else 0,
+        query, key, value, *bank, index, None if mask is None else mask.expand(-1, heads, -1, -1), v.is_causal,
+        dim**-0.5, torch.empty(batch + 1, dtype=torch.int32, device="meta") if v.packed else None, tokens,
     )  # fmt: skip
     lse = torch.empty(query.shape[:3], device="meta")
     grads = allocate(problem, [True] * 5)
@@ -195,7 +214,7 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=["plain", "masked", "packed"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)

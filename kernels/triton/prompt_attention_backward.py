@@ -209,6 +209,7 @@ def prompt_kernel(
             level = safe_lse(load_rows(lse, state, live, 1, float("-inf")))[None, :]
             base = load_rows(delta, state, live, 1, 0.0)[None, :] if NEED_K else 0.0
             scores = tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2E)
+            # Keys past the end get weights too, but rows of keys do not mix here, and theirs are not stored.
             dk, dv = accumulate(dk, dv, q, do, k, v, scores, level, base, NEED_K, NEED_V)
     # Workspace [splits, G, Hkv, P, D].
     slot = ((part.to(tl.int64) * bank + g) * heads_kv + kv) * prompts * D
