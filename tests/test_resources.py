@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.resources import SHARED_LIMIT, Job, Usage, faults, table
+from bench.resources import SHARED_LIMIT, VARIANTS, Job, Usage, faults, table
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
@@ -28,7 +28,7 @@ def gate(tmp_path, *arguments):
 
 @pytest.mark.timeout(900)
 def test_half_precision_does_not_spill(tmp_path):
-    rows = gate(tmp_path, "--dtypes", "bf16", "--dims", "64", "128", "--targets", *TARGETS)
+    rows = gate(tmp_path, "--variants", *VARIANTS, "--dtypes", "bf16", "--dims", "64", "128", "--targets", *TARGETS)
     found = {(row["kernel"], row["dim"], row["target"]) for row in rows}
     source = "".join(path.read_text() for path in (ROOT / "kernels" / "triton").glob("*.py"))
     kernels = set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
