@@ -178,13 +178,13 @@ def _longest(cu_seqlens: Tensor, max_seqlen: int | None, rows: int, sequences: i
 def _backend(impl: str):
     """The launcher module of a fast backend, imported when it first runs."""
     if impl == "cpu":
-        from fastprompt.ops.cpu import prompt_attention_varlen as backend
+        from fastprompt.ops.cpu import prompt_attention_varlen as cpu
 
-        return backend
+        return cpu
     if impl == "triton":
-        from fastprompt.kernels import prompt_attention_varlen as backend
+        from fastprompt.kernels import prompt_attention_varlen as triton
 
-        return backend
+        return triton
     raise ValueError(f"impl: got {impl!r}, expected a fast backend")
 
 

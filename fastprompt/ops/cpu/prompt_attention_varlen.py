@@ -183,12 +183,12 @@ class _Rows(NamedTuple):
             out, lse = batch.take(self.out), batch.take(self.lse).contiguous()
             return _flash_backward(do, q, keys, values, out, lse, 0.0, is_causal, scale=scale)
         lse, delta = (batch.take(x).unsqueeze(-1) for x in (self.lse, self.delta))
-        folded = (x.flatten(0, 1) for x in (q.to(keys.dtype), do.to(keys.dtype), lse, delta, keys, values))
-        found = _products(*folded, is_causal, scale, needs)
+        folded = [x.flatten(0, 1) for x in (q.to(keys.dtype), do.to(keys.dtype), lse, delta, keys, values)]
+        found = _products(*folded, is_causal=is_causal, scale=scale, needs=needs)
         return [None if x is None else x.unflatten(0, q.shape[:2]) for x in found]
 
 
-def _products(q, do, lse, delta, keys, values, is_causal: bool, scale: float, needs: list[bool]):
+def _products(q, do, lse, delta, keys, values, *, is_causal: bool, scale: float, needs: list[bool]):
     """The gradients as batched matrix products, a tile of scores at a time: ``P = exp(scale q k - lse)`` in float32."""
     (batch, rows, _), columns = q.shape, keys.shape[1]
     wide = lse.dtype
