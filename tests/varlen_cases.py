@@ -57,18 +57,16 @@ def by_sequence(inputs, lengths, grad_out, grad_lse, prompt_index=None, **kwargs
         exact, noise = oracles.prompt_attention(*one, *grads, **kwargs)
         parts.append((g, exact, oracles.plain_prompt_attention(*one, *grads, **kwargs), noise))
     for which, power in ((1, 1), (2, 1), (3, 2)):
-        totals = [torch.zeros_like(p, dtype=torch.float64) for p in bank]
+        sums = [torch.zeros_like(p, dtype=torch.float64) for p in bank]
         for g, *part in parts:
-            for total, grad in zip(totals, part[which - 1].grads[3:], strict=True):
+            for total, grad in zip(sums, part[which - 1].grads[3:], strict=True):
                 total[g] += grad[0].double() ** power
-        dtypes = [x.dtype if which == 2 else torch.float64 for x in prompts]
-        sums = [(t ** (1 / power)).view_as(p).to(dtype) for t, p, dtype in zip(totals, prompts, dtypes, strict=True)]
-        found = [part[which] for part in parts]
-        packed = [
-            torch.cat([x[0].transpose(0, 1) for x in xs])
-            for xs in zip(*((a.out, a.lse, *a.grads[:3]) for a in found), strict=True)
-        ]
-        yield Attention(*packed[:2], (*packed[2:], *sums))
+        # The sums of the plain way are of its dtype: it rounds them once, too.
+        sums = [(x ** (1 / power)).view_as(p) for x, p in zip(sums, prompts, strict=True)]
+        sums = [x.to(p.dtype) if which == 2 else x for x, p in zip(sums, prompts, strict=True)]
+        tensors = ((part[which].out, part[which].lse, *part[which].grads[:3]) for part in parts)
+        out, lse, *grads = (torch.cat([x[0].transpose(0, 1) for x in xs]) for xs in zip(*tensors, strict=True))
+        yield Attention(out, lse, (*grads, *sums))
 
 
 def check(inputs, lengths=LENGTHS, grad_out=None, grad_lse=None, needs=ALL, impl="auto", **kwargs):
