@@ -2,8 +2,8 @@
 """What every Triton kernel takes of a GPU, compiled without one: ``python -m bench.resources``.
 
 Each kernel is compiled exactly as its launcher would launch it (same arguments, constants and configuration), for
-targets that need not be present. Registers, stack (spilled registers) and static shared memory come from the cubin, read
-by the cuobjdump that Triton carries; dynamic shared memory from Triton. AMD targets are compiled only: nothing here
+targets that need not be present. Registers, stack (spilled registers) and static shared memory come from the cubin,
+read by the cuobjdump that Triton carries; dynamic shared memory from Triton. AMD targets are compiled only: nothing here
 reads their binaries.
 """
 
@@ -196,7 +196,10 @@ def faults(job: Job, usage: Usage) -> list[str]:
 def table(rows: list[tuple[Job, Usage]]) -> str:
     """Markdown: one line a kernel, dtype and head size; registers/stack/shared KiB of every target."""
     targets = list(dict.fromkeys(job.target for job, _ in rows))
-    lines = ["| kernel | variant | dtype | D | warps | " + " | ".join(targets) + " |", "|---" * (5 + len(targets)) + "|"]
+    lines = [
+        "| kernel | variant | dtype | D | warps | " + " | ".join(targets) + " |",
+        "|---" * (5 + len(targets)) + "|",
+    ]
     grouped: dict[tuple, dict[str, Usage]] = {}
     for job, usage in rows:
         grouped.setdefault((job.kernel, job.variant, job.dtype, job.dim), {})[job.target] = usage
@@ -207,7 +210,9 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
             stack = "" if not u.stack else f" **stack {u.stack}**"
             cells.append("compiles" if u.registers is None else f"{u.registers} / {u.shared / 1024:.0f}{stack}")
         name = kernel.removesuffix("_kernel")
-        lines.append(f"| {name} | {variant} | {dtype} | {dim} | {usages[targets[0]].warps} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {name} | {variant} | {dtype} | {dim} | {usages[targets[0]].warps} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -226,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     same = distinct(todo)
     unique = list(dict.fromkeys(same.values()))
     with ProcessPoolExecutor(args.workers) as pool:
-        usages = dict(zip(unique, tqdm(pool.map(compile_job, unique), "compile", len(unique), leave=False), strict=True))
+        usages = dict(
+            zip(unique, tqdm(pool.map(compile_job, unique), "compile", len(unique), leave=False), strict=True)
+        )
     rows = [(job, usages[same[job]]) for job in todo]
     if args.json:
         args.json.write_text("".join(json.dumps({**j._asdict(), **u._asdict()}) + "\n" for j, u in rows))

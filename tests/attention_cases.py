@@ -54,7 +54,7 @@ def run(inputs, grad_out, grad_lse=None, needs=ALL, **kwargs):
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
     actual = Attention(out.detach(), lse.detach(), tuple(next(found) if need else None for need in needs))
-    return to_device(actual, "cpu") if device != "cpu" else actual
+    return to_device(actual, "cpu")
 
 
 def to_device(x, device):
@@ -86,3 +86,17 @@ def check(inputs, grad_out=None, grad_lse=None, needs=ALL, impl="auto", **kwargs
     for name, x, grad in zip(NAMES, inputs, actual.grads, strict=True):
         assert grad is None or grad.dtype == x.dtype, name
     return actual
+
+
+def compiled_equals_eager(function, inputs, keywords=None, **options):
+    """Outputs and gradients of ``function`` in one graph are those of eager mode."""
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+    for x, kwargs in zip(inputs, keywords or [{}] * len(inputs), strict=True):
+        eager, graph = function(*x, **kwargs), compiled(*x, **kwargs)
+        torch.testing.assert_close(graph, eager)
+        wanted = [t for t in x if t.requires_grad]
+        torch.testing.assert_close(
+            torch.autograd.grad([t.float().sum() for t in graph], wanted),
+            torch.autograd.grad([t.float().sum() for t in eager], wanted),
+        )

@@ -180,7 +180,11 @@ def test_every_reason_is_listed(monkeypatch):
     inputs = make(torch.float64, dim=24)
     with pytest.raises(ImplUnavailableError) as caught:
         prompt_attention(*inputs, impl="triton")
-    for reason in ("the tensors are on the CPU (set TRITON_INTERPRET=1 ", "dtype torch.float64 is not", "head size 24 "):
+    for reason in (
+        "the tensors are on the CPU (set TRITON_INTERPRET=1 ",
+        "dtype torch.float64 is not",
+        "head size 24 ",
+    ):
         assert reason in str(caught.value)
 
 
