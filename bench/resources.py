@@ -3,8 +3,8 @@
 
 Each kernel is compiled exactly as its launcher would launch it (same arguments, constants and configuration), for
 targets that need not be present. Registers, stack (spilled registers) and static shared memory come from the cubin,
-read by the cuobjdump that Triton carries; dynamic shared memory from Triton. AMD targets are compiled only: nothing here
-reads their binaries.
+read by the cuobjdump that Triton carries; dynamic shared memory from Triton. AMD targets are compiled only: nothing
+here reads their binaries.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def query_kernel(
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient dQ of BLOCK_M rows of one head: the key loop of the forward again, with the weights from the saved lse."""
+    """The gradient dQ of BLOCK_M rows of one head: the forward's key loop again, with weights from the saved lse."""
     tile, head, b = split(tl.program_id(0), tiles, heads)
     first, tq = extent(cu_seqlens, b, tq)
     if cu_seqlens is not None:
