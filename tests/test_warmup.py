@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastprompt warmup`: kernels run once ahead of time, tiles are tuned only when asked."""
+
+import json
+
+import pytest
+import torch
+from attention_cases import TRITON_DEVICE
+
+from fastprompt import cli
+from fastprompt.errors import ImplUnavailableError
+from fastprompt.kernels import configs
+from fastprompt.kernels.launch import Launch
+from fastprompt.ops import dispatch
+from fastprompt.warmup import Shape, tune, warmup
+
+SHAPE = Shape(batch=1, heads=2, heads_kv=1, tokens=5, head_dim=16, prompts=3, dtype=torch.float32)
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """No tuned tiles at first, and a cache folder of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(configs, "_tuned", {})
+    return configs._tuned
+
+
+def test_every_kernel_runs_once(monkeypatch):
+    seen = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self.kernel.__name__), run(self))[1])
+    warmup(SHAPE, TRITON_DEVICE)
+    assert set(seen) == {f"{name}_kernel" for name in (*configs.KERNELS, "delta", "reduce")}
+
+
+def test_the_fastest_candidate_is_kept(tuned, capsys):
+    tried = []
+
+    def timer(step):
+        (name,) = configs._tuned
+        tried.append((name, configs._tuned[name]))
+        return 1.0 if tried[-1][1] == configs.CANDIDATES[name.split("-")[0]][2] else 2.0
+
+    expected = [{configs.choose(k, 4, 16, 1 << 20, 1 << 20), *c} for k, c in configs.CANDIDATES.items()]
+    file = tune(SHAPE, TRITON_DEVICE, timer)
+    assert len(tried) == sum(map(len, expected))
+    for kernel in configs.KERNELS:
+        assert configs.choose(kernel, 4, 16, 1 << 20, 1 << 20) == configs.CANDIDATES[kernel][2]
+    assert set(json.loads(file.read_text())) == {configs.slot(kernel, 4, 16) for kernel in configs.KERNELS}
+    assert "shipped 2.0000 ms" in capsys.readouterr().out
+
+
+def test_tuned_tiles_are_read_by_the_next_process(tuned):
+    configs.save(dispatch.tuned_file(), {configs.slot("forward", 2, 64): configs.Config(16, 16, 1, 1)})
+    dispatch.backend.cache_clear()
+    try:
+        dispatch.backend("prompt_attention", "triton")
+        assert configs.choose("forward", 2, 64, 100, 100) == configs.Config(16, 16, 1, 1)
+    finally:
+        dispatch.backend.cache_clear()
+
+
+def test_it_says_why_triton_cannot_run(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ImplUnavailableError, match="the tensors are on the CPU"):
+        warmup(SHAPE, "cpu")
+    assert cli.main(["warmup", "--device", "cpu", "--head-dim", "72"]) == 1
+    message = capsys.readouterr().err
+    assert "on the CPU" in message and "head size 72 is not one of" in message
+
+
+def test_command_line(capsys):
+    assert cli.main(["warmup", "--device", TRITON_DEVICE, "--batch", "1", "--heads", "1", "--tokens", "4", "--prompts", "2",
+                     "--head-dim", "16", "32"]) == 0  # fmt: skip
+    assert capsys.readouterr().out.count("ready in") == 2
