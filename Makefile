@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 # The full Triton matrix on a CUDA device, with the Python at hand (PYTHON=...), which brings its own torch and Triton.
 gpu-test:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
-	$(PYTHON) -m pytest tests/test_prompt_attention_triton.py tests/test_prompt_attention_varlen_triton.py $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not gpu" tests/test_warmup.py tests/test_*_triton.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

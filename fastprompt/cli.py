@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("info", _info, "Versions, devices, and which implementation runs here and why not the others.",
         "fastprompt info")  # fmt: skip
 
-    sub = add("warmup", _warmup, "Compile the Triton kernels ahead of the first step; --tune measures their tiles here.",
+    sub = add("warmup", _warmup, "Compile the Triton kernels ahead of the first step; --tune measures their tiles.",
               "fastprompt warmup --heads 12 --head-dim 64 --tokens 197 --prompts 50 --tune")  # fmt: skip
     _add_warmup_arguments(sub)
 
@@ -259,10 +259,11 @@ def _warmup(args: argparse.Namespace) -> None:
             shape = Shape(args.batch, args.heads, args.heads_kv or args.heads, args.tokens, dim, args.prompts,
                           getattr(torch, dtype), args.causal)  # fmt: skip
             start = time.perf_counter()
-            file = tune(shape, args.device) if args.tune else warmup(shape, args.device)
+            if args.tune:
+                print(f"tuned: {tune(shape, args.device)}")
+            else:
+                warmup(shape, args.device)
             print(f"{dtype}, head size {dim}: ready in {time.perf_counter() - start:.1f} s")
-            if file:
-                print(f"tuned: {file}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -70,6 +70,6 @@ def test_it_says_why_triton_cannot_run(monkeypatch, capsys):
 
 
 def test_command_line(capsys):
-    assert cli.main(["warmup", "--device", TRITON_DEVICE, "--batch", "1", "--heads", "1", "--tokens", "4", "--prompts", "2",
-                     "--head-dim", "16", "32"]) == 0  # fmt: skip
+    sizes = "--batch 1 --heads 1 --tokens 4 --prompts 2 --head-dim 16 32".split()
+    assert cli.main(["warmup", "--device", TRITON_DEVICE, *sizes]) == 0
     assert capsys.readouterr().out.count("ready in") == 2
