@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`prompt_attention_varlen` on CPU: sequences of one length are a batch, and so are the readers of a prompt.
+"""`prompt_attention_varlen` on CPU: sequences of one length are a batch, and so are the rows that read one prompt.
 
-Two attentions are merged by their log-sum-exp (identity I1): every row over its prompt, where all rows that read one
-prompt stand in one matrix product, and every sequence over itself, where sequences of one length form a batch, so that
-nothing is padded. The backward passes of both use the merged output and lse and need nothing else of each other.
+Two attentions are merged by their log-sum-exp (identity I1): every sequence over itself, where sequences of one length
+form a batch, so that nothing is padded; and every row over its prompt, where all rows that read one prompt stand in one
+product. The backward passes of both read the merged output and lse and need nothing else of each other.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,50 +23,74 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Batch(NamedTuple):
-    """Segments of the packed rows that have one length: their numbers and their rows, one segment after the other."""
+    """Neighbouring segments of one length: their labels and their rows."""
 
-    members: Tensor
+    labels: Tensor
     length: int
-    rows: slice | Tensor
+    rows: slice
 
-    def take(self, x: Tensor) -> Tensor:
-        """Packed ``[T,H,...]`` as ``[n,H,length,...]``; a view where the segments are neighbours."""
-        x = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
-        return x.unflatten(0, (len(self.members), self.length)).transpose(1, 2)
-
-    def put(self, packed: Tensor, x: Tensor) -> None:
-        """Write ``[n,H,length,...]`` to its rows of ``packed``."""
-        packed[self.rows] = x.transpose(1, 2).flatten(0, 1).to(packed.dtype)
+    def of(self, x: Tensor) -> Tensor:
+        """The rows of ``x [T,H,...]`` as a view ``[n,H,length,...]``."""
+        return x[self.rows].unflatten(0, (len(self.labels), self.length)).transpose(1, 2)
 
 
-def _batches(lengths: Tensor, order: Tensor | None = None) -> list[Batch]:
-    """The segments of ``lengths [S]`` by length; row i of the packed tensors is ``order[i]``, if given."""
-    starts = lengths.cumsum(0) - lengths
-    batches = []
-    for length in lengths[lengths > 0].unique().tolist():
-        members = torch.nonzero(lengths == length).flatten()
-        start, count = int(starts[members[0]]), len(members)
-        rows: slice | Tensor = slice(start, start + count * length)
-        if int(members[-1] - members[0]) != count - 1:
-            rows = (starts[members, None] + torch.arange(length)).flatten()
-        batches.append(Batch(members, length, rows if order is None else order[rows]))
-    return batches
+class Segments(NamedTuple):
+    """The packed rows, put in order so that rows of one label, and labels of as many rows, are neighbours."""
+
+    order: Tensor | None
+    back: Tensor | None
+    batches: list[Batch]
+
+    def sort(self, *packed: Tensor) -> list[Tensor]:
+        """Packed ``[T,...]`` in the order of the batches."""
+        return [x if self.order is None else x.index_select(0, self.order) for x in packed]
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """The inverse of `sort`."""
+        return x if self.back is None else x.index_select(0, self.back)
 
 
-def _readers(cu_seqlens: Tensor, prompt_index: Tensor | None, bank: int) -> list[Batch]:
-    """The rows that read one prompt as a segment; prompts that nobody reads are left out."""
-    lengths = cu_seqlens.diff()
+def _segments(cu_seqlens: Tensor, label: Tensor, labels: int) -> Segments:
+    """Sequences ``[S]`` in batches by their ``label`` in ``[0, labels)``; a label without rows is left out."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    rows = torch.zeros(labels, dtype=torch.int64).index_add_(0, label, lengths)
+    by_label = label.argsort(stable=True)
+    sequences = by_label[rows[label[by_label]].argsort(stable=True)]
+    order = back = None
+    if bool((sequences.diff() < 0).any()):
+        lengths = lengths[sequences]
+        shift = starts[sequences] - (lengths.cumsum(0) - lengths)
+        order = shift.repeat_interleave(lengths) + torch.arange(int(cu_seqlens[-1]))
+        back = order.argsort()
+    found = rows.argsort(stable=True)
+    found = found[rows[found] > 0]
+    batches, first, start = [], 0, 0
+    for length, count in zip(*(x.tolist() for x in rows[found].unique_consecutive(return_counts=True)), strict=True):
+        batches.append(Batch(found[first : first + count], length, slice(start, start + count * length)))
+        first, start = first + count, start + count * length
+    return Segments(order, back, batches)
+
+
+def _sequences(cu_seqlens: Tensor) -> Segments:
+    """Every sequence is a segment."""
+    return _segments(cu_seqlens, torch.arange(len(cu_seqlens) - 1), len(cu_seqlens) - 1)
+
+
+def _readers(cu_seqlens: Tensor, prompt_index: Tensor | None, bank: int) -> Segments:
+    """The rows that read one prompt are a segment."""
     if prompt_index is None:
-        return _batches(cu_seqlens[-1:] if bank == 1 else lengths)
-    prompt_of_row = prompt_index.repeat_interleave(lengths)
-    counts = torch.bincount(prompt_of_row, minlength=bank)
-    sorted_already = bool((prompt_index.diff() >= 0).all())
-    return _batches(counts, None if sorted_already else prompt_of_row.argsort(stable=True))
+        prompt_index = torch.arange(len(cu_seqlens) - 1) if bank > 1 else torch.zeros(len(cu_seqlens) - 1).long()
+    return _segments(cu_seqlens, prompt_index, bank)
 
 
-def _repeat(x: Tensor, groups: int) -> Tensor:
+def _per_query_head(x: Tensor, groups: int) -> Tensor:
     """``[n,Hkv,M,D]`` for every query head."""
     return x.repeat_interleave(groups, dim=1) if groups > 1 else x
+
+
+def _per_key_head(x: Tensor, groups: int) -> Tensor:
+    """The sum over the query heads ``[n,Hq,M,D]`` that read one key head."""
+    return x.unflatten(1, (-1, groups)).sum(2) if groups > 1 else x
 
 
 def forward(
@@ -82,35 +106,39 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[T,Hq,D]`` and lse ``[T,Hq]``."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide)
     if not query.numel():
-        return out, lse.fill_(-torch.inf)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return query.new_zeros(query.shape), torch.full(query.shape[:2], -torch.inf, dtype=wide)
     groups = query.shape[1] // key.shape[1]
     query, key, value = map(dense_rows, (query, key, value))
-    for batch in _batches(cu_seqlens.diff()):
-        keys, values = (_repeat(batch.take(x), groups) for x in (key, value))
-        for packed, x in zip((out, lse), _attend(batch, query, keys, values, is_causal, scale), strict=True):
-            batch.put(packed, x)
+    segments = _sequences(cu_seqlens)
+    rows, *own = segments.sort(query, key, value)
+    keys = [[_per_query_head(batch.of(x), groups) for x in own] for batch in segments.batches]
+    out, lse = _attend(segments, rows, keys, is_causal, scale)
     if not prompt_key.shape[2]:
         return out, lse
-    for batch in _readers(cu_seqlens, prompt_index, len(prompt_key)):
-        keys, values = (_repeat(p[batch.members].to(query.dtype), groups) for p in (prompt_key, prompt_value))
-        prompt_out, prompt_lse = _attend(batch, query, keys, values, False, scale)
-        own_out, own_lse = batch.take(out), batch.take(lse)
-        weight = torch.sigmoid(prompt_lse - own_lse).unsqueeze(-1)
-        batch.put(out, torch.lerp(own_out, prompt_out, weight.to(out.dtype)))
-        batch.put(lse, torch.logaddexp(own_lse, prompt_lse))
-    return out, lse
+    segments = _readers(cu_seqlens, prompt_index, len(prompt_key))
+    prompts = [p.to(query.dtype) for p in (prompt_key, prompt_value)]
+    keys = [[_per_query_head(p[batch.labels], groups) for p in prompts] for batch in segments.batches]
+    prompt_out, prompt_lse = _attend(segments, segments.sort(query)[0], keys, False, scale)
+    weight = torch.sigmoid(prompt_lse - lse).unsqueeze(-1)
+    return torch.lerp(out, prompt_out, weight.to(out.dtype)), torch.logaddexp(lse, prompt_lse)
 
 
-def _attend(batch: Batch, query: Tensor, keys: Tensor, values: Tensor, is_causal: bool, scale: float):
-    """Output and lse of the rows of ``batch`` over ``keys [n,Hq,M,D]``."""
-    rows = batch.take(query)
+def _attend(
+    segments: Segments, query: Tensor, keys: list[list[Tensor]], is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Packed output and lse of sorted query rows over the keys and values ``[n,Hq,M,D]`` of each batch."""
+    out = torch.empty(query.shape, dtype=query.dtype)
+    lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
     if not scale:
         # PyTorch's causal flash kernel would scale its -inf.
-        rows, scale = torch.zeros_like(rows), 1.0
-    return _flash(rows, keys, values, 0.0, is_causal, scale=scale)
+        query, scale = torch.zeros_like(query), 1.0
+    for batch, pair in zip(segments.batches, keys, strict=True):
+        batch_out, batch_lse = _flash(batch.of(query), *pair, 0.0, is_causal, scale=scale)
+        batch.of(out).copy_(batch_out)
+        batch.of(lse).copy_(batch_lse)
+    return segments.unsort(out), segments.unsort(lse)
 
 
 def backward(
@@ -132,64 +160,77 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the inputs flagged in ``needs`` (query, key, value, prompt_key, prompt_value), in that order."""
     inputs = (query, key, value, prompt_key, prompt_value)
-    # Every row of dq, dk, dv is written; a prompt that nobody reads keeps its zeros.
-    grads = [torch.empty_like(x) if need else None for x, need in zip(inputs[:3], needs, strict=False)]
-    grads += [torch.zeros_like(x) if need else None for x, need in zip(inputs[3:], needs[3:], strict=True)]
+    # A prompt that nobody reads keeps its zeros.
+    grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs[3:], needs[3:], strict=True)]
+    if not query.numel():
+        return [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     query, key, value, grad_out = map(dense_rows, (query, key, value, grad_out))
     delta = (grad_out.to(wide) * out).sum(dim=-1)
-    rows = _Rows(query, grad_out, out, lse, delta if grad_lse is None else delta - grad_lse, grad_lse is not None)
-    dq = torch.empty_like(query, dtype=wide) if needs[0] else None
-    if not query.numel():
-        return [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+    merged = (query, grad_out, out, lse, delta if grad_lse is None else delta - grad_lse)
+    # The flash backward is the faster in float32; it takes no gradient of lse, and rounds sums in half precision.
+    flash = query.dtype == wide and grad_lse is None and scale != 0
+    dq = dk = dv = None
     if any(needs[:3]):
-        for batch in _batches(cu_seqlens.diff()):
-            keys, values = (_repeat(batch.take(x), groups) for x in (key, value))
-            found = rows.backward(batch, keys, values, is_causal, scale, needs[:3])
-            for packed, x, heads in zip((dq, *grads[1:3]), found, (1, groups, groups), strict=True):
-                if packed is not None:
-                    batch.put(packed, _sum_groups(x, heads))
+        segments = _sequences(cu_seqlens)
+        *rows, keys, values = segments.sort(*merged, key, value)
+        totals = [
+            torch.empty(x.shape, dtype=wide) if need else None for x, need in zip(inputs, needs[:3], strict=False)
+        ]
+        for batch in segments.batches:
+            pair = [_per_query_head(batch.of(x), groups) for x in (keys, values)]
+            found = _backward(batch, rows, pair, is_causal, scale, needs[:3], flash)
+            for total, x, shared in zip(totals, found, (1, groups, groups), strict=True):
+                if total is not None:
+                    batch.of(total).copy_(_per_key_head(x, shared))
+        dq, dk, dv = (None if x is None else segments.unsort(x) for x in totals)
     if prompt_key.shape[2] and (needs[0] or any(needs[3:])):
-        for batch in _readers(cu_seqlens, prompt_index, len(prompt_key)):
-            # In float32, so that the gradient is rounded once.
-            prompts = (p[batch.members].to(query.dtype).to(wide) for p in (prompt_key, prompt_value))
-            keys, values = (_repeat(p, groups) for p in prompts)
-            found = rows.backward(batch, keys, values, False, scale, [needs[0], *needs[3:]])
-            if dq is not None:
-                batch.put(dq, batch.take(dq) + found[0])
-            for grad, x in zip(grads[3:], found[1:], strict=True):
+        segments = _readers(cu_seqlens, prompt_index, len(prompt_key))
+        rows = segments.sort(*merged)
+        total = torch.empty(query.shape, dtype=wide) if needs[0] else None
+        # In float32, so that the gradient of a prompt is rounded once.
+        prompts = [p.to(query.dtype).to(wide) for p in (prompt_key, prompt_value)]
+        for batch in segments.batches:
+            pair = [_per_query_head(p[batch.labels], groups) for p in prompts]
+            found = _backward(batch, rows, pair, False, scale, [needs[0], *needs[3:]], flash)
+            if total is not None:
+                batch.of(total).copy_(found[0])
+            for grad, x in zip(grads, found[1:], strict=True):
                 if grad is not None:
-                    grad[batch.members] = _sum_groups(x, groups).to(grad.dtype)
-    grads[0] = None if dq is None else dq.to(query.dtype)
-    return [g for g in grads if g is not None]
+                    grad[batch.labels] = _per_key_head(x, groups).to(grad.dtype)
+        if dq is not None and total is not None:
+            dq += segments.unsort(total)
+    found = [_like(x, grad) for x, grad in zip(inputs, (dq, dk, dv), strict=False) if grad is not None]
+    return found + [grad for grad in grads if grad is not None]
 
 
-def _sum_groups(x: Tensor, groups: int) -> Tensor:
-    """Sum the query heads ``[n,Hq,...]`` that read one key head."""
-    return x.unflatten(1, (-1, groups)).sum(2) if groups > 1 else x
+def _like(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the dtype and the strides that the fake implementation promises: those of ``empty_like(x)``."""
+    promised = torch.empty_like(x)
+    return grad.to(x.dtype) if grad.stride() == promised.stride() else promised.copy_(grad)
 
 
-class _Rows(NamedTuple):
-    """What the backward over either set of keys reads of a row: all of it merged over both sets."""
+def _backward(
+    batch: Batch,
+    rows: list[Tensor],
+    pair: list[Tensor],
+    is_causal: bool,
+    scale: float,
+    needs: list[bool],
+    flash: bool,
+) -> list[Any]:
+    """dQ, dK, dV (None where not needed), each ``[n,Hq,...]``, of sorted rows over the keys and values ``[n,Hq,M,D]`` of their batch.
 
-    query: Tensor
-    grad_out: Tensor
-    out: Tensor
-    lse: Tensor
-    delta: Tensor
-    through_lse: bool
-
-    def backward(self, batch: Batch, keys: Tensor, values: Tensor, is_causal: bool, scale: float, needs: list[bool]):
-        """dQ, dK, dV (None where not needed), each ``[n,Hq,...]``, of the rows of ``batch`` over its keys."""
-        q, do = batch.take(self.query), batch.take(self.grad_out)
-        if keys.dtype == q.dtype == self.lse.dtype and scale and not self.through_lse:
-            out, lse = batch.take(self.out), batch.take(self.lse).contiguous()
-            return _flash_backward(do, q, keys, values, out, lse, 0.0, is_causal, scale=scale)
-        lse, delta = (batch.take(x).unsqueeze(-1) for x in (self.lse, self.delta))
-        folded = [x.flatten(0, 1) for x in (q.to(keys.dtype), do.to(keys.dtype), lse, delta, keys, values)]
-        found = _products(*folded, is_causal=is_causal, scale=scale, needs=needs)
-        return [None if x is None else x.unflatten(0, q.shape[:2]) for x in found]
+    ``rows``: query, grad_out, out, lse and delta, the last three merged over both sets of keys.
+    """
+    query, grad_out, out, lse, delta = map(batch.of, rows)
+    if flash:
+        return _flash_backward(grad_out, query, *pair, out, lse.contiguous(), 0.0, is_causal, scale=scale)
+    dtype = pair[0].dtype
+    folded = [x.flatten(0, 1) for x in (query.to(dtype), grad_out.to(dtype), lse, delta, *pair)]
+    found = _products(*folded, is_causal=is_causal, scale=scale, needs=needs)
+    return [None if x is None else x.unflatten(0, query.shape[:2]) for x in found]
 
 
 def _products(q, do, lse, delta, keys, values, *, is_causal: bool, scale: float, needs: list[bool]):
@@ -207,7 +248,7 @@ def _products(q, do, lse, delta, keys, values, *, is_causal: bool, scale: float,
             t = slice(start, min(start + block, rows))
             seen = slice(0, t.stop if is_causal else columns)
             k, v = keys[b, seen], values[b, seen]
-            p = torch.bmm(q[b, t].to(wide), k.to(wide).transpose(1, 2)).mul_(scale).sub_(lse[b, t])
+            p = torch.bmm(q[b, t].to(wide), k.to(wide).transpose(1, 2)).mul_(scale).sub_(lse[b, t].unsqueeze(-1))
             if is_causal:
                 p.masked_fill_(torch.ones(p.shape[1:], dtype=torch.bool).triu_(start + 1), -torch.inf)
             p.exp_()
@@ -216,7 +257,8 @@ def _products(q, do, lse, delta, keys, values, *, is_causal: bool, scale: float,
                 _add(dv[b, seen], torch.bmm(p.to(do.dtype).transpose(1, 2), do[b, t]), last)
             if dq is None and dk is None:
                 continue
-            ds = torch.bmm(do[b, t], v.transpose(1, 2)).to(wide).sub_(delta[b, t]).mul_(p).to(q.dtype)
+            dp = torch.bmm(do[b, t], v.transpose(1, 2)).to(wide)
+            ds = dp.sub_(delta[b, t].unsqueeze(-1)).mul_(p).to(q.dtype)
             if dq is not None:
                 dq[b, t] = torch.bmm(ds, k).mul_(scale)
             if dk is not None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples run as a user runs them, and learn."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name):
+    """Run ``examples/name`` in a fresh process from the repository root."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, f"examples/{name}"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def learns(done):
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
+    assert losses[-1] < losses[0] / 2
+    assert float(re.search(r"accuracy on new images (\S+)", done.stdout)[1]) > 0.9
+
+
+def test_plain_vit_block():
+    learns(run("plain_vit_block.py"))
+
+
+def test_timm_vit():
+    """Timm is optional: without it the example says so."""
+    done = run("timm_vit.py")
+    if importlib.util.find_spec("timm"):
+        learns(done)
+    else:
+        assert done.returncode == 1
+        assert done.stderr.strip() == "This example needs timm: pip install timm"
