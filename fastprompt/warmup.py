@@ -32,7 +32,8 @@ class Shape:
 
     def tensors(self, device: str) -> list[Tensor]:
         """The five inputs, random, as leaves."""
-        sizes = [(self.batch, h, self.tokens, self.head_dim) for h in (self.heads, self.heads_kv, self.heads_kv)]
+        heads = (self.heads, self.heads_kv, self.heads_kv)
+        sizes: list[tuple[int, ...]] = [(self.batch, h, self.tokens, self.head_dim) for h in heads]
         sizes += [(self.heads_kv, self.prompts, self.head_dim)] * 2
         return [torch.randn(size, device=device).to(self.dtype).requires_grad_() for size in sizes]
 
