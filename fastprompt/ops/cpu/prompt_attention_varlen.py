@@ -167,10 +167,13 @@ def backward(
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     query, key, value, grad_out = map(dense_rows, (query, key, value, grad_out))
-    delta = (grad_out.to(wide) * out).sum(dim=-1)
-    merged = (query, grad_out, out, lse, delta if grad_lse is None else delta - grad_lse)
     # The flash backward is the faster in float32; it takes no gradient of lse, and rounds sums in half precision.
     flash = query.dtype == wide and grad_lse is None and scale != 0
+    delta = out
+    if not flash:
+        delta = (grad_out.to(wide) * out).sum(dim=-1)
+        delta = delta if grad_lse is None else delta - grad_lse
+    merged = (query, grad_out, lse, delta)
     dq = dk = dv = None
     if any(needs[:3]):
         segments = _sequences(cu_seqlens)
@@ -220,13 +223,13 @@ def _backward(
     needs: list[bool],
     flash: bool,
 ) -> list[Any]:
-    """dQ, dK, dV (None where not needed), each ``[n,Hq,...]``, of sorted rows over the keys and values ``[n,Hq,M,D]`` of their batch.
+    """dQ, dK, dV (None where not needed) of sorted rows over the keys and values ``[n,Hq,M,D]`` of their batch.
 
-    ``rows``: query, grad_out, out, lse and delta, the last three merged over both sets of keys.
+    ``rows``: query, grad_out, the merged lse, and delta, or for flash, which computes delta, the merged output.
     """
-    query, grad_out, out, lse, delta = map(batch.of, rows)
+    query, grad_out, lse, delta = map(batch.of, rows)
     if flash:
-        return _flash_backward(grad_out, query, *pair, out, lse.contiguous(), 0.0, is_causal, scale=scale)
+        return _flash_backward(grad_out, query, *pair, delta, lse.contiguous(), 0.0, is_causal, scale=scale)
     dtype = pair[0].dtype
     folded = [x.flatten(0, 1) for x in (query.to(dtype), grad_out.to(dtype), lse, delta, *pair)]
     found = _products(*folded, is_causal=is_causal, scale=scale, needs=needs)
