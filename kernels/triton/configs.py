@@ -80,8 +80,10 @@ def choose(kernel: str, itemsize: int, padded_dim: int, rows: int, keys: int, ma
     if masked:
         config = config._replace(rows=max(16, config.rows // 2))
         if padded_dim > 64:
-            keys = config.keys // 2 if kernel == "forward" else config.keys
-            config = config._replace(keys=max(16, keys), stages=1 if kernel == "key_value" else config.stages)
+            if kernel == "forward":
+                config = config._replace(keys=max(16, config.keys // 2))
+            elif kernel == "key_value":
+                config = config._replace(stages=1)
     return fit(config, rows, keys)
 
 
