@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a case is: named ways (providers) to do the same work, checked against each other before anything is timed."""
+"""What a case is: named ways (providers) to do the same work, checked against a reference before anything is timed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,79 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 
-@dataclass
+#: Does the work once and returns its results: the output, then the gradients.
+Step = Callable[[], list[Tensor]]
+
+
+class CannotRun(Exception):
+    """A provider cannot run here; the message says why and becomes its row."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least there is to do.
+
+    Args:
+        flops: Floating-point operations of the matrix products (a backward that recomputes scores counts five).
+        bytes: Each input read once a pass and each result written once.
+    """
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work of a case.
+
+    Args:
+        build: Builds its state and returns the step that is timed; may raise `CannotRun`.
+        check: Returns what is compared with the case's reference; None is not compared (it does other work).
+        why_not: Why it cannot run here, if that is known beforehand.
+        work: Counted operations and bytes; None where nobody counts them.
+    """
+
+    build: Callable[[], Step]
+    check: Callable[[], list[Tensor]] | None = None
+    why_not: str | None = None
+    work: Work | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """A benchmark case.
 
     Args:
         name: The name of its file.
-        providers: Each builds its state and returns the function that does the work once.
+        providers: In the order of the table.
         baseline: The provider that ratios are against.
-        check: Raises unless the providers compute the same; returns the differences it measured.
+        reference: The results every checked provider must give, in the order of its own.
+        tolerance: Bound on ``|got - want| / |want|`` of each result.
         params: Shapes, dtypes and counts, for the record.
+        device_time: On a GPU, time the device alone (single operations), not the host that feeds it (whole steps).
     """
 
     name: str
-    providers: dict[str, Callable[[], Callable[[], Any]]]
+    providers: dict[str, Provider]
     baseline: str
-    check: Callable[[], dict[str, float]]
+    reference: Callable[[], list[Tensor]]
+    tolerance: float
     params: dict[str, Any] = field(default_factory=dict)
+    device_time: bool = False
+
+
+def difference(case: Case, name: str, want: list[Tensor]) -> float | None:
+    """The largest relative error of a provider's results; None if it is not compared.
+
+    Raises:
+        AssertionError: it is above the tolerance, or a result is missing.
+    """
+    check = case.providers[name].check
+    if check is None:
+        return None
+    worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(check(), want, strict=True))
+    if not worst <= case.tolerance:
+        raise AssertionError(f"{name} is off by {worst:.3g}, expected at most {case.tolerance:.3g}: it is not timed")
+    return worst
