@@ -17,6 +17,7 @@ from fastprompt.errors import AttachError
 from fastprompt.hf.attention import CHILD, NAME, dropout_fields, register
 from fastprompt.hf.sites import Tower, choose_tower, find_sites
 from fastprompt.hf.tokens import install_rows, reach_checkpointed
+from fastprompt.nn.prefix import PrefixEncoder
 
 
 def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, train: Sequence[str] = ()) -> Handle:
@@ -55,7 +56,7 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
         raise TypeError(f"config: got {config!r}, expected a recipe such as fastprompt.VPT(length=50)")
     patterns = _patterns(train)
     target = choose_tower(model, tower)
-    if target.kind != config.kind:
+    if config.kind not in (None, target.kind):
         raise ValueError(
             f"config: {type(config).__name__} is for {config.kind} towers, but this tower is {target.kind}"
         )
@@ -123,7 +124,7 @@ class Handle:
         self.train = train
         self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
         self._own_config()
-        sites = find_sites(self.tower)
+        sites = find_sites(self.tower, projects=self.config.projects, tokens=self.config.tokens)
         self._prompts = self.config.build(sites)
         self._trained = self._match(train)
         for parameter, _ in self._flags:
@@ -135,6 +136,12 @@ class Handle:
             sites[index].attention.add_module(CHILD, prompt.train(sites[index].attention.training))
         self._hooks = [*install_rows(sites), *reach_checkpointed(self.tower)]
         self._hooks.append(self.tower.module.register_forward_pre_hook(_check_attention))
+        self._hooks += [
+            self.tower.module.register_forward_pre_hook(m.begin)
+            for prompt in self._prompts.values()
+            for m in prompt.children()
+            if isinstance(m, PrefixEncoder)
+        ]
         self.sites = sites
         self.attached = True
 
@@ -187,7 +194,7 @@ class Handle:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable tensors by stable names: ``layers.{i}.prompt``, what else a recipe learns, then ``base.{name}``."""
         found = [(i, n, p) for i in sorted(self._prompts) for n, p in self._prompts[i].named_parameters()]
-        for index, name, parameter in sorted(found, key=lambda entry: entry[1] != "prompt"):
+        for index, name, parameter in sorted(found, key=lambda entry: "." in entry[1]):
             yield f"layers.{index}.{name}", parameter
         for name, parameter in self._trained.items():
             yield f"base.{name}", parameter
@@ -214,6 +221,7 @@ class Handle:
         self._check_attached()
         for prompt in self._prompts.values():
             prompt.bake()
+        self.config = self.config.baked()
         return self
 
     def detach(self) -> None:

@@ -81,6 +81,9 @@ def attention(
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    if causal and key.shape[2] > query.shape[2]:
+        # An empty static cache, filled from the front: what is behind the queries is not written yet.
+        key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     out = prompt_attention(query, key, value, *prompt, attn_mask=attention_mask, is_causal=causal, scale=scaling)
     return cast(Tensor, out).transpose(1, 2).contiguous(), None
 

@@ -9,6 +9,7 @@ rotation follows; the projections found are then run on the recorded rows and mu
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.errors import UnsupportedModelError
-from fastprompt.hf.attention import observe
+from fastprompt.hf.attention import CHILD, observe
 
+KEY_NAMES = ("k_proj", "key", "to_k", "k")
 KINDS = {"pixel_values": "vision", "input_ids": "text"}
 
 
@@ -58,32 +60,16 @@ class Projection:
         return x.transpose(-2, -3)
 
 
-@dataclass(eq=False)
-class Site:
-    """One layer that can hold a prompt."""
+@dataclass
+class Projections:
+    """The modules of a layer that turn rows at its input into keys and values."""
 
-    index: int
-    layer: nn.Module
-    attention: nn.Module
     before: list[nn.Module]
     key: Projection
     value: Projection
     rotated: bool
-    width: int
-    head_dim: int
-    patch_values: int | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of rows at the layer's input, outside autocast."""
-        return next(p.dtype for p in self.layer.parameters() if p.is_floating_point())
-
-    def weights(self) -> tuple[Tensor, ...]:
-        """The tensors that `project` reads."""
-        modules = (*self.before, self.key.linear, self.key.norm, self.value.linear, self.value.norm)
-        return tuple(p for m in modules if m is not None for p in m.parameters())
-
-    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[Hkv,P,D]`` of rows ``[P,C]`` at the layer's input, as the layer computes them.
 
         Keys are not rotated: prompts have no position, like the class and register tokens of a vision tower.
@@ -94,6 +80,55 @@ class Site:
             both = self.key.linear(rows)
             return self.key.split(both), self.value.split(both)
         return self.key(rows), self.value(rows)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The tensors that a call reads."""
+        modules = (*self.before, self.key.linear, self.key.norm, self.value.linear, self.value.norm)
+        return tuple(p for m in modules if m is not None for p in m.parameters())
+
+
+@dataclass(eq=False)
+class Site:
+    """One layer that can hold a prompt."""
+
+    index: int
+    layer: nn.Module
+    attention: nn.Module
+    width: int
+    heads: int
+    head_dim: int
+    projections: Projections | None = None
+    recorded: tuple[Tensor, Tensor] | None = None
+    patch_values: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of rows at the layer's input, outside autocast."""
+        return next(p.dtype for p in self.layer.parameters() if p.is_floating_point())
+
+    @property
+    def checkpointed(self) -> bool:
+        """The layer computes its forward again in the backward pass."""
+        return self.layer.training and bool(getattr(self.layer, "gradient_checkpointing", False))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The tensors that `project` reads."""
+        return () if self.projections is None else self.projections.weights()
+
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[Hkv,P,D]`` of rows ``[P,C]`` at the layer's input."""
+        if self.projections is None:
+            raise RuntimeError("projections: not looked for; a recipe that projects rows sets `projects = True`")
+        return self.projections(rows)
+
+    def fingerprint(self) -> Tensor | None:
+        """A frozen weight that tells this layer from those of other models; None where all are packed."""
+        if self.projections is not None:
+            return next(self.projections.key.linear.parameters())
+        own = [(n.split("."), p) for n, p in self.attention.named_parameters()]
+        weights = [(n, p) for n, p in own if CHILD not in n and p.is_floating_point() and p.dim() > 1]
+        keys = [p for n, p in weights if n[-2:-1] and n[-2] in (*KEY_NAMES, "qkv")]
+        return next(iter([*keys, *(p for _, p in weights)]), None)
 
 
 def find_towers(model: nn.Module) -> list[Tower]:
@@ -157,8 +192,13 @@ def choose_tower(model: nn.Module, tower: str | None) -> Tower:
     raise ValueError(f"tower: got {tower!r}, ambiguous for {type(model).__name__}, which has {kinds}; {fix}")
 
 
-def find_sites(tower: Tower) -> list[Site]:
-    """Run the tower once on a small input and find every layer's projections.
+def find_sites(tower: Tower, *, projects: bool = True, tokens: Sequence[int] | None = None) -> list[Site]:
+    """Run the tower once on a small input and find every layer's attention.
+
+    Args:
+        tower: The tower.
+        projects: Also find every layer's projections.
+        tokens: Run a text tower on these, and keep the keys and values ``[Hkv,P,D]`` of every layer.
 
     Raises:
         UnsupportedModelError: lists every layer whose keys and values could not be found, and what is missing.
@@ -169,7 +209,7 @@ def find_sites(tower: Tower) -> list[Site]:
 
     def finish(index: int, recorder: _Recorder) -> None:
         try:
-            sites.append(recorder.site(index))
+            sites.append(recorder.site(index, projects, tokens is not None))
         except _Missing as missing:
             problems.append(f"layer {index} ({type(recorder.attention).__name__}): {missing}")
 
@@ -188,7 +228,7 @@ def find_sites(tower: Tower) -> list[Site]:
                 by_attention[module].attended(query, key, value)
 
         with torch.no_grad(), observe(observer), torch.autocast(_device(tower.module).type, enabled=False):
-            tower.module(**_sample_input(tower))
+            tower.module(**_sample_input(tower, tokens))
     finally:
         for hook in hooks:
             hook.remove()
@@ -246,11 +286,22 @@ class _Recorder:
         """The attention function was called."""
         self.qkv = (query, key, value)
 
-    def site(self, index: int) -> Site:
+    def site(self, index: int, projects: bool, keep: bool) -> Site:
         """What the recording shows, verified on the recorded rows."""
         if self.qkv is None or self.input is None:
             raise _Missing("its attention never reached the attention interface")
         _, key, value = self.qkv
+        if key.shape != value.shape:
+            raise _Missing(f"its keys {list(key.shape)} and values {list(value.shape)} differ in shape")
+        site = Site(index, self.layer, self.attention, self.input.shape[-1], key.shape[1], key.shape[3])
+        if projects:
+            site.projections = self._projections(key, value)
+            self._verify(site.projections, key, value)
+        if keep:
+            site.recorded = (key[0].clone(), value[0].clone())
+        return site
+
+    def _projections(self, key: Tensor, value: Tensor) -> Projections:
         value_found = self._source(value)
         if value_found is None:
             raise _Missing("no module's output is the value passed to attention")
@@ -259,13 +310,7 @@ class _Recorder:
         if key_found is None:
             key_found = self._rotated_source(value_found[0], key)
         key_projection, rows = key_found
-        before = self._path(rows)
-        site = Site(
-            index, self.layer, self.attention, before, key_projection, value_found[0], rotated,
-            width=self.input.shape[-1], head_dim=key.shape[-1],
-        )  # fmt: skip
-        self._verify(site, key, value)
-        return site
+        return Projections(self._path(rows), key_projection, value_found[0], rotated)
 
     def _source(self, target: Tensor) -> tuple[Projection, Tensor] | None:
         """The projection whose output memory ``target [B,H,T,D]`` views, and the rows it read."""
@@ -296,7 +341,7 @@ class _Recorder:
         siblings: dict[nn.Module, str] = {m: n for n, m in self.attention.named_modules() if isinstance(m, nn.Linear)}
         for module, x, y in self.calls:
             name = siblings.get(module, "").rpartition(".")[2]
-            if name in ("k_proj", "key", "to_k", "k") and y.shape[-1] == key.shape[1] * key.shape[3]:
+            if name in KEY_NAMES and y.shape[-1] == key.shape[1] * key.shape[3]:
                 projection = Projection(module, None, key.shape[1])
                 for norm, a, b in self.calls:
                     if _same_memory(a, y) and norm is not module and a.shape[-1] == b.shape[-1]:
@@ -318,14 +363,16 @@ class _Recorder:
                 raise _Missing("something that is no module stands between the layer's input and its attention")
         return path
 
-    def _verify(self, site: Site, key: Tensor, value: Tensor) -> None:
+    def _verify(self, projections: Projections, key: Tensor, value: Tensor) -> None:
         """The projections give the recorded keys (up to rotation, which keeps norms) and values."""
         if self.input is None:
             raise _Missing("its input was not recorded")
-        found_key, found_value = site.project(self.input[0])
+        found_key, found_value = projections(self.input[0])
         pairs = [("values", found_value, value[0])]
         pairs.append(
-            ("key norms", found_key.norm(dim=-1), key[0].norm(dim=-1)) if site.rotated else ("keys", found_key, key[0])
+            ("key norms", found_key.norm(dim=-1), key[0].norm(dim=-1))
+            if projections.rotated
+            else ("keys", found_key, key[0])
         )
         for what, found, recorded in pairs:
             scale = recorded.float().abs().max().item() or 1.0
@@ -359,11 +406,13 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _sample_input(tower: Tower) -> dict[str, Tensor]:
-    """The smallest input that runs the tower: one image of the config's size, or eight tokens."""
+def _sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The smallest input that runs the tower: one image of the config's size, or eight tokens if none are given."""
     config, weight = tower.module.config, next(tower.module.parameters())
     if tower.kind == "text":
-        return {"input_ids": torch.arange(1, 9, device=weight.device).unsqueeze(0)}
+        return {"input_ids": torch.tensor([tokens or range(1, 9)], device=weight.device)}
+    if tokens is not None:
+        raise ValueError("init: token ids need a text tower, but this one is vision; use init='normal'")
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if size is None:
         raise UnsupportedModelError(f"model: the config of {type(tower.module).__name__} has no `image_size`")

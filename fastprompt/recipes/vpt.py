@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.nn.prompts import ProjectedPrompt, vpt_uniform
+from fastprompt.recipes.layers import checked_layers, choose_layers, is_count
 
 if TYPE_CHECKING:
     from fastprompt.hf.sites import Site
@@ -54,11 +55,13 @@ class VPT:
     dropout: float = 0.0
 
     kind = "vision"
+    projects = True
+    tokens = None
 
     def __post_init__(self):
-        if not _count(self.length):
+        if not is_count(self.length):
             raise ValueError(f"length: got {self.length!r}, expected an integer >= 1 (prompts a layer)")
-        if self.project is not None and not _count(self.project):
+        if self.project is not None and not is_count(self.project):
             raise ValueError(f"project: got {self.project!r}, expected an integer >= 1 (width of a prompt) or None")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout!r}, expected a probability in [0, 1)")
@@ -66,25 +69,18 @@ class VPT:
             raise ValueError(f"depth: got {self.depth!r}, expected 'deep' or 'shallow'")
         if not isinstance(self.init, str) or self.init not in _INITS:
             raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(map(repr, _INITS))}")
-        if self.layers is not None:
-            if self.depth == "shallow":
-                raise ValueError("layers: shallow prompts enter the first layer only; use depth='deep' with layers=...")
-            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-            if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
-                raise ValueError(f"layers: got {self.layers!r}, expected a non-empty sequence of layer numbers or None")
-            object.__setattr__(self, "layers", layers)
+        layers = checked_layers(self.layers)
+        if layers is not None and self.depth == "shallow":
+            raise ValueError("layers: shallow prompts enter the first layer only; use depth='deep' with layers=...")
+        object.__setattr__(self, "layers", layers)
 
     def chosen(self, count: int) -> list[int]:
         """The layers that get a fresh prompt, ascending, in a tower of ``count`` layers."""
-        if self.depth == "shallow":
-            return [0]
-        if self.layers is None:
-            return list(range(count))
-        bad = [i for i in self.layers if not -count <= i < count]
-        chosen = sorted({i % count for i in self.layers if i not in bad})
-        if bad or len(chosen) != len(self.layers):
-            raise ValueError(f"layers: got {list(self.layers)}, expected distinct numbers in [-{count}, {count - 1}]")
-        return chosen
+        return [0] if self.depth == "shallow" else choose_layers(self.layers, count)
+
+    def baked(self) -> VPT:
+        """The recipe of the prompts after ``handle.bake()``: this one."""
+        return self
 
     def build(self, sites: list[Site]) -> dict[int, nn.Module]:
         """One prompt module for every chosen layer."""
@@ -106,10 +102,6 @@ class VPT:
                 projection=projection, owner=i == chosen[0], dropout=self.dropout,
             )  # fmt: skip
         return prompts
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _published(length: int, width: int, site: Site) -> Tensor:
