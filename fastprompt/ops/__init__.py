@@ -3,5 +3,6 @@
 
 from fastprompt.ops.merge_states import merge_states
 from fastprompt.ops.prompt_attention import prompt_attention
+from fastprompt.ops.prompt_attention_varlen import prompt_attention_varlen
 
-__all__ = ["merge_states", "prompt_attention"]
+__all__ = ["merge_states", "prompt_attention", "prompt_attention_varlen"]

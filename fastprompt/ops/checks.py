@@ -13,6 +13,9 @@ from fastprompt import config
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: The five tensors of prompt attention.
+NAMES = ("query", "key", "value", "prompt_key", "prompt_value")
+
 
 def check_tensor(name: str, x: object) -> None:
     """A floating point tensor."""
@@ -74,17 +77,66 @@ def check_index(prompt_index: Tensor | None, batch: int, bank: int) -> None:
         raise TypeError(f"prompt_index: got {prompt_index.dtype}, expected int64 of shape [{batch}]; use .long()")
     if prompt_index.shape != (batch,):
         raise ValueError(f"prompt_index: got shape {list(prompt_index.shape)}, expected [{batch}] (one a sample)")
-    readable = prompt_index.device.type == "cpu" or config.DEBUG
-    if torch.compiler.is_compiling() or not readable or not batch or not _has_values(prompt_index):
+    if not batch or not readable(prompt_index):
         return
     low, high = (int(x) for x in prompt_index.aminmax())
     if low < 0 or high >= bank:
         raise ValueError(f"prompt_index: got values in [{low}, {high}], expected [0, {bank - 1}] (bank of {bank})")
 
 
-def _has_values(x: Tensor) -> bool:
-    """False for meta and fake tensors, which carry shapes alone."""
-    return x.device.type != "meta" and not isinstance(x, torch._subclasses.FakeTensor)
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, layout: str, **others
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five tensors of prompt attention under autocast, prompts with their bank axis, all checked against another.
+
+    ``layout`` is that of the query, ``"[B,H,T,D]"`` or ``"[T,H,D]"``; ``others`` must be on the same device.
+    """
+    tensors = (query, key, value, prompt_key, prompt_value)
+    rank = layout.count(",") + 1
+    for name, x in zip(NAMES, tensors, strict=True):
+        check_tensor(name, x)
+        is_prompt = name.startswith("prompt")
+        if x.dim() not in ((3, 4) if is_prompt else (rank,)):
+            expected = "[Hkv,P,D] or [G,Hkv,P,D]" if is_prompt else layout
+            raise ValueError(f"{name}: got rank {x.dim()} (shape {list(x.shape)}), expected {expected}")
+    query, key, value = autocast(query, key, value)
+    check_dtypes(NAMES, (query, key, value, prompt_key, prompt_value), prompts=NAMES[3:])
+    check_device(**dict(zip(NAMES, tensors, strict=True)), **others)
+    heads, heads_kv = query.shape[1], key.shape[1]
+    given = (key, value, prompt_key, prompt_value)
+    prompt_key, prompt_value = (p if p.dim() == 4 else p.unsqueeze(0) for p in (prompt_key, prompt_value))
+    # Packed keys have the rows of the query; those of a batch have their own number.
+    instance = (*query.shape[:1], heads_kv, *key.shape[2:-1], query.shape[-1])
+    prompts = (prompt_key.shape[0], heads_kv, prompt_key.shape[2], query.shape[-1])
+    shapes = (instance, instance, prompts, prompts)
+    checked = (key, value, prompt_key, prompt_value)
+    for name, x, original, shape in zip(NAMES[1:], checked, given, shapes, strict=True):
+        if x.shape != shape:
+            raise ValueError(
+                f"{name}: got shape {list(original.shape)}, expected {list(shape)[x.dim() - original.dim() :]} "
+                f"to match query {list(query.shape)}"
+                + (" and key" if name == "value" else " and prompt_key" if name == "prompt_value" else "")
+            )
+    if heads_kv == 0 or heads % heads_kv:
+        raise ValueError(
+            f"query: got {heads} heads for {heads_kv} key heads, expected a multiple (grouped-query attention)"
+        )
+    if config.DEBUG and not torch.compiler.is_compiling():
+        check_finite(prompt_key, name="prompt_key")
+        check_finite(prompt_value, name="prompt_value")
+    return query, key, value, prompt_key, prompt_value
+
+
+def has_values(x: Tensor) -> bool:
+    """False while compiling and for meta and fake tensors, which carry shapes alone."""
+    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+        return False
+    return x.device.type != "meta"
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be read to check them: on a GPU that would wait for the device, so only in debug mode."""
+    return (x.device.type == "cpu" or config.DEBUG) and has_values(x)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

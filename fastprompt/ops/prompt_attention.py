@@ -6,21 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprompt import config
 from fastprompt.ops import reference
-from fastprompt.ops.checks import (
-    autocast,
-    check_device,
-    check_dtypes,
-    check_finite,
-    check_index,
-    check_scale,
-    check_tensor,
-    without_autocast,
-)
+from fastprompt.ops.checks import check_attention, check_index, check_scale, without_autocast
 from fastprompt.ops.dispatch import LIBRARY, Choice, choose
-
-NAMES = ("query", "key", "value", "prompt_key", "prompt_value")
 
 LIBRARY.define(
     "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
@@ -110,43 +98,15 @@ prompt_attention.resolve = _resolve  # type: ignore[attr-defined]
 
 def _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, is_causal, scale):
     """Check everything, apply autocast, and give prompts their bank axis."""
-    tensors = (query, key, value, prompt_key, prompt_value)
-    for name, x in zip(NAMES, tensors, strict=True):
-        check_tensor(name, x)
-        ranks = (3, 4) if name.startswith("prompt") else (4,)
-        if x.dim() not in ranks:
-            layout = "[Hkv,P,D] or [G,Hkv,P,D]" if name.startswith("prompt") else "[B,H,T,D]"
-            raise ValueError(f"{name}: got rank {x.dim()} (shape {list(x.shape)}), expected {layout}")
-    query, key, value = autocast(query, key, value)
-    check_dtypes(NAMES, (query, key, value, prompt_key, prompt_value), prompts=NAMES[3:])
-    check_device(**dict(zip(NAMES, tensors, strict=True)), prompt_index=prompt_index, attn_mask=attn_mask)
+    tensors = check_attention(
+        query, key, value, prompt_key, prompt_value, "[B,H,T,D]", prompt_index=prompt_index, attn_mask=attn_mask
+    )
+    query, key, value, prompt_key, prompt_value = tensors
     batch, heads, tq, dim = query.shape
-    _, heads_kv, tk, _ = key.shape
-    expected = {"key": (batch, heads_kv, tk, dim), "value": (batch, heads_kv, tk, dim)}
-    given = (key, value, prompt_key, prompt_value)
-    prompt_key, prompt_value = (p if p.dim() == 4 else p.unsqueeze(0) for p in (prompt_key, prompt_value))
-    bank, prompts = prompt_key.shape[0], prompt_key.shape[2]
-    expected |= dict.fromkeys(NAMES[3:], (bank, heads_kv, prompts, dim))
-    for name, x, original in zip(NAMES[1:], (key, value, prompt_key, prompt_value), given, strict=True):
-        if x.shape != expected[name]:
-            want = list(expected[name])[x.dim() - original.dim() :]
-            raise ValueError(
-                f"{name}: got shape {list(original.shape)}, expected {want} to match query {list(query.shape)}"
-                + (" and key" if name == "value" else " and prompt_key" if name == "prompt_value" else "")
-            )
-    if heads_kv == 0 or heads % heads_kv:
-        raise ValueError(
-            f"query: got {heads} heads for {heads_kv} key heads, expected a multiple (grouped-query attention)"
-        )
-    check_index(prompt_index, batch, bank)
-    if config.DEBUG and not torch.compiler.is_compiling():
-        check_finite(prompt_key, name="prompt_key")
-        check_finite(prompt_value, name="prompt_value")
-    _check_mask(attn_mask, (batch, heads, tq, tk))
+    check_index(prompt_index, batch, prompt_key.shape[0])
+    _check_mask(attn_mask, (batch, heads, tq, key.shape[2]))
     attn_mask = None if attn_mask is None else attn_mask.detach()
-    return (
-        query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, bool(is_causal), check_scale(scale, dim)
-    )  # fmt: skip
+    return *tensors, prompt_index, attn_mask, bool(is_causal), check_scale(scale, dim)
 
 
 def _check_mask(attn_mask: Tensor | None, full: tuple[int, ...]) -> None:

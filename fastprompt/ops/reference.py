@@ -71,3 +71,28 @@ def prompt_attention(
     out = (scores.softmax(dim=-1).masked_fill(dead.unsqueeze(-1), 0.0)) @ values
     lse = scores.logsumexp(dim=-1).masked_fill(dead, -torch.inf)
     return out.to(query.dtype), lse
+
+
+def prompt_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    cu_seqlens: Tensor,
+    prompt_index: Tensor | None,
+    max_seqlen: int,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Prompt attention over packed sequences: unpacked into a padded batch and back."""
+    rows, last = torch.arange(query.shape[0], device=query.device), query.shape[0] - 1
+    sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
+    offset = rows - cu_seqlens[sequence]
+    # Row j of the padded batch; past the end of a sequence it repeats any row, which no query sees.
+    padded = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=query.device)
+    mask = padded < cu_seqlens[1:, None]
+    padded = padded.clamp(max=last)
+    batch = (x[padded].transpose(1, 2) for x in (query, key, value))
+    out, lse = prompt_attention(*batch, prompt_key, prompt_value, prompt_index, mask[:, None, None], is_causal, scale)
+    return out[sequence, :, offset], lse[sequence, :, offset]

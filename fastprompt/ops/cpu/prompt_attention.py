@@ -57,7 +57,7 @@ def _join(prompt: Tensor, prompt_index: Tensor | None, instance: Tensor, groups:
     return instance.repeat_interleave(groups, dim=1) if groups > 1 else instance
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     """PyTorch's flash kernels take any strides but need dense rows."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -83,7 +83,7 @@ def forward(
     groups = heads // key.shape[1]
     mask = _mask(query, tk, prompts, attn_mask, is_causal)
     operands = (query, _join(prompt_key, prompt_index, key, groups), _join(prompt_value, prompt_index, value, groups))
-    out, lse = _flash(*map(_dense_rows, operands), attn_mask=mask, scale=scale)
+    out, lse = _flash(*map(dense_rows, operands), attn_mask=mask, scale=scale)
     if mask is not None and not prompts:
         dead = (mask == -torch.inf).all(dim=-1).expand(batch, heads, tq)
         out = out.masked_fill(dead.unsqueeze(-1), 0.0)
@@ -160,7 +160,7 @@ def _by_flash(grad_out, inputs, prompt_index, mask, out, lse, scale, grads) -> N
     groups = query.shape[1] // heads_kv
     keys, values = _join(prompt_key, prompt_index, key, groups), _join(prompt_value, prompt_index, value, groups)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 for a row that sees nothing
-    rows = map(_dense_rows, (grad_out, query, keys, values))
+    rows = map(dense_rows, (grad_out, query, keys, values))
     dq, *joined = _flash_backward(*rows, out, lse, 0.0, False, attn_mask=mask, scale=scale)
     if grads[0] is not None:
         grads[0] = dq if dq.stride() == grads[0].stride() else grads[0].copy_(dq)
