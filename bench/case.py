@@ -22,12 +22,19 @@ class Work:
     """The least there is to do.
 
     Args:
-        flops: Floating-point operations of the matrix products (a backward that recomputes scores counts five).
+        flops: Floating-point operations of the matrix products.
         bytes: Each input read once a pass and each result written once.
     """
 
     flops: int
     bytes: int
+
+
+def attention_work(queries: int, keys: int, pairs: int, dim: int, itemsize: int, backward: bool) -> Work:
+    """Of attention over ``queries`` and ``keys`` rows of all heads and samples, ``pairs`` of which see each other."""
+    forward = (2 * queries + 2 * keys) * dim * itemsize + 4 * queries  # q, k, v, out; lse in float32
+    again = (4 * queries + 4 * keys) * dim * itemsize + 4 * queries  # and grad, dq, dk, dv
+    return Work((14 if backward else 4) * pairs * dim, forward + (again if backward else 0))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bench import cases
 from bench.case import Case, difference
 from bench.measure import OOM, DeviceClock, attempt, interleave, machine, summary, wall_clock
+from bench.rows import read, settings
 from fastprompt.tuning.memory import peak_memory
 
 ROOT = Path(__file__).parent.parent
@@ -55,26 +58,33 @@ def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) ->
     rows: dict[str, dict[str, Any]] = {}
     steps = {}
     for name, provider in case.providers.items():
-        row = rows[name] = {}
-        why_not = f"not run: {provider.why_not}" if provider.why_not else None
-        if why_not is None:
-            row["difference"], why_not = attempt(lambda name=name: difference(case, name, want))
-        if why_not is None:
-            row["peak_bytes"], why_not = attempt(lambda name=name: peak(name))
-            why_not = why_not or (row["peak_bytes"] if isinstance(row["peak_bytes"], str) else None)
-        if why_not is None:
-            steps[name], why_not = attempt(provider.build)
-        if why_not:
-            rows[name] = {"why_not": why_not}
-            steps.pop(name, None)
-        elif provider.work:
-            row |= {"flops": provider.work.flops, "bytes": provider.work.bytes}
-    del want
+        rows[name] = _examine(case, name, want, peak)
+        if "why_not" not in rows[name]:
+            step, why_not = attempt(provider.build)
+            if why_not:
+                rows[name] = {"why_not": why_not}
+            else:
+                steps[name] = step
     clock = DeviceClock() if device == "cuda" and case.device_time else wall_clock
     times, failed = interleave(steps, rounds, clock)
     for name, numbers in summary(times, case.baseline).items():
         rows[name] = {**numbers, **rows[name]}
     return rows | {name: {"why_not": why_not} for name, why_not in failed.items()}
+
+
+def _examine(case: Case, name: str, want: list[Tensor], peak: Callable[[str], Any]) -> dict[str, Any]:
+    """What is known of a provider before it is timed: its difference from the reference, peak memory, counted work."""
+    provider = case.providers[name]
+    if provider.why_not:
+        return {"why_not": f"not run: {provider.why_not}"}
+    found, why_not = attempt(lambda: difference(case, name, want))
+    if why_not is None:
+        peak_bytes, why_not = attempt(lambda: peak(name))
+        why_not = why_not or (peak_bytes if isinstance(peak_bytes, str) else None)
+    if why_not:
+        return {"why_not": why_not}
+    work = {"flops": provider.work.flops, "bytes": provider.work.bytes} if provider.work else {}
+    return {"difference": found, "peak_bytes": peak_bytes, **work}
 
 
 def peak_in_fresh_process(case: str, device: str, params: dict[str, Any], provider: str) -> int | str:
@@ -91,8 +101,9 @@ def peak_in_fresh_process(case: str, device: str, params: dict[str, Any], provid
 
 def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
     """The rows as a table for people."""
-    head = f"{'provider':<20} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'x ' + case.baseline:>14} {'peak MiB':>9} {'TFLOP/s':>8}"
-    lines = [", ".join(f"{k} {v}" for k, v in case.params.items()), head]
+    ratio = f"x {case.baseline}"
+    head = f"{'provider':<20} {'p50 ms':>9} {'p20':>9} {'p80':>9} {ratio:>14} {'peak MiB':>9} {'TFLOP/s':>8}"
+    lines = [f"{case.name}: {settings(case.params)}", head]
     for name, r in rows.items():
         if "why_not" in r:
             lines.append(f"{name:<20} {r['why_not']}")
@@ -150,7 +161,7 @@ def _peak(case: Case, provider: str, device: str) -> int | str:
 
 
 def _measured(file: Path, case: Case) -> bool:
-    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    rows = read(file) if file.exists() else []
     return any(r["case"] == case.name and r["params"] == case.params for r in rows)
 
 

@@ -26,6 +26,7 @@ def build(
     vocab: int = 49152, dtype: str = "bfloat16", checkpointing: int = 0,
 ) -> Case:  # fmt: skip
     """The case; ``layers``, ``width`` and ``vocab`` make a quick version, ``checkpointing`` 1 recomputes layers."""
+    chosen = getattr(torch, dtype)
     torch.manual_seed(0)
     head_dim = width // 9
     config = LlamaConfig(
@@ -57,7 +58,7 @@ def build(
 
         return run
 
-    def attached(kind: torch.dtype = getattr(torch, dtype)) -> Step:
+    def attached(kind: torch.dtype = chosen) -> Step:
         model = fresh(kind)
         handle = fastprompt.attach(model, fastprompt.PrefixKV(length=prompts))
         trained = list(handle.parameters())
@@ -66,7 +67,7 @@ def build(
                 p.copy_(value)
         return step(model, trained, **shifted)
 
-    def kv_concat(kind: torch.dtype = getattr(torch, dtype)) -> Step:
+    def kv_concat(kind: torch.dtype = chosen) -> Step:
         run = attached(kind)
 
         def concatenated() -> list[Tensor]:
@@ -75,7 +76,7 @@ def build(
 
         return concatenated
 
-    def peft(kind: torch.dtype = getattr(torch, dtype)) -> Step:
+    def peft(kind: torch.dtype = chosen) -> Step:
         try:
             from peft import PrefixTuningConfig, get_peft_model
         except ImportError as error:
@@ -97,7 +98,7 @@ def build(
         return [logits, *by_layer]
 
     def floor() -> Step:
-        model = fresh(getattr(torch, dtype))
+        model = fresh(chosen)
         model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
         return step(model, [])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import CannotRun, Case, Provider, Step, Work
+from bench.case import CannotRun, Case, Provider, Step, Work, attention_work
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.dispatch import IMPLS
 
@@ -56,12 +56,9 @@ def build(
         return run
 
     def work(own: int, shared: int) -> Work:
-        """Of ``own`` keys a sample and ``shared`` ones; the backward recomputes scores and reads everything again."""
-        flops = (14 if train else 4) * batch * heads * tokens * (own + shared) * dim
-        q, k, p = (heads * dim * kind.itemsize * n for n in (batch * tokens, batch * own, shared))
-        lse = 4 * batch * heads * tokens
-        forward = 2 * q + 2 * k + 2 * p + lse
-        return Work(flops, forward + (4 * q + 4 * k + 4 * p + lse if train else 0))
+        """Of ``own`` keys a sample and ``shared`` ones."""
+        queries, keys = batch * heads * tokens, heads * (batch * own + shared)
+        return attention_work(queries, keys, queries * (own + shared), dim, kind.itemsize, train)
 
     def provider(function: Callable[..., Tensor] | None, why_not: str | None = None, make=None) -> Provider:
         made = make or (lambda: step(function))
