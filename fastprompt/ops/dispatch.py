@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,6 +17,13 @@ from fastprompt import config
 from fastprompt.errors import ImplUnavailableError
 
 IMPLS = ("auto", "reference", "triton", "cpp")
+
+#: Where the launchers of the fast implementations live; one module an operation, with ``forward`` and ``backward``.
+BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
+
+#: The operations that have a Triton kernel, and the head sizes those take.
+TRITON_OPS = ("prompt_attention", "prompt_attention_varlen")
+HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 
 #: One namespace for every registered operation; schemas and fakes need torch alone.
 LIBRARY = torch.library.Library("fastprompt", "DEF")
@@ -39,14 +50,43 @@ def check_impl(impl: str, name: str = "impl") -> None:
         raise ValueError(f"{name}: got {impl!r}, expected one of {', '.join(map(repr, IMPLS))}")
 
 
-def reasons_against(op: str, impl: str, tensors: Sequence[Tensor]) -> list[str]:
-    """Why `impl` cannot run `op` on these tensors; empty if it can."""
-    device = tensors[0].device.type
+def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool = True) -> list[str]:
+    """Why `impl` cannot run `op` on these tensors; empty if it can. ``by_name``: the user asked for it."""
     if impl == "reference":
         return []
+    device = tensors[0].device.type
     if impl == "cpu":
         return [] if device == "cpu" else [f"composed of PyTorch's CPU attention; the tensors are on {device}"]
+    if impl == "triton" and op in TRITON_OPS:
+        return _reasons_against_triton(tensors, by_name)
     return [f"no {impl} kernel for {op} in this build"]
+
+
+def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[str]:
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("triton is not installed (pip install 'fastprompt[gpu]')")
+    query = tensors[0]
+    if query.device.type == "cuda":
+        # ROCm has no compute capability to compare.
+        if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+            reasons.append("the GPU's compute capability is below 8.0")
+    elif query.device.type != "cpu":
+        reasons.append(f"the tensors are on {query.device.type}, not on a CUDA device")
+    elif not interpreting():
+        reasons.append("the tensors are on the CPU (set TRITON_INTERPRET=1 before Python starts to interpret there)")
+    elif not by_name:
+        reasons.append("Triton's interpreter is for tests and runs only where it is asked for by name")
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {query.dtype} is not float16, bfloat16 or float32")
+    if query.shape[-1] not in HEAD_SIZES:
+        reasons.append(f"head size {query.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}")
+    return reasons
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: bool = False) -> Choice:
@@ -72,11 +112,16 @@ def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: boo
         return Choice(op, impl, "asked for by name")
     refused: dict[str, list[str]] = {}
     for name in ("triton", "cpp", "cpu") if composed else ("triton", "cpp"):
-        reasons = reasons_against(op, name, tensors)
+        reasons = reasons_against(op, name, tensors, by_name=False)
         if not reasons:
             return Choice(op, name, "first that can run these tensors", refused)
         refused[name] = reasons
     return Choice(op, "reference", "plain PyTorch runs everywhere", refused)
+
+
+def backend(op: str, impl: str) -> ModuleType:
+    """The launcher module of a fast implementation, imported when it first runs."""
+    return import_module(f"{BACKENDS[impl]}.{op}")
 
 
 def explain(op: Callable, *args, **kwargs) -> Choice:

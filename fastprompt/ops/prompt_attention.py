@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import check_attention, check_index, check_scale, without_autocast
-from fastprompt.ops.dispatch import LIBRARY, Choice, choose
+from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 LIBRARY.define(
     "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
@@ -122,21 +122,12 @@ def _check_mask(attn_mask: Tensor | None, full: tuple[int, ...]) -> None:
         )
 
 
-def _backend(impl: str):
-    """The launcher module of a fast backend, imported when it first runs."""
-    if impl == "cpu":
-        from fastprompt.ops.cpu import prompt_attention as backend
-
-        return backend
-    raise ValueError(f"impl: got {impl!r}, expected a fast backend")
-
-
 def _forward(*args):
-    return _backend(args[-1]).forward(*args[:-1])
+    return backend("prompt_attention", args[-1]).forward(*args[:-1])
 
 
 def _backward(*args):
-    return _backend(args[-1]).backward(*args[:-1])
+    return backend("prompt_attention", args[-1]).backward(*args[:-1])
 
 
 LIBRARY.impl("prompt_attention", _forward, "CompositeExplicitAutograd")

@@ -15,7 +15,7 @@ from fastprompt.ops.checks import (
     readable,
     without_autocast,
 )
-from fastprompt.ops.dispatch import LIBRARY, Choice, choose
+from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 LIBRARY.define(
     "prompt_attention_varlen(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
@@ -175,25 +175,12 @@ def _longest(cu_seqlens: Tensor, max_seqlen: int | None, rows: int, sequences: i
     return max_seqlen
 
 
-def _backend(impl: str):
-    """The launcher module of a fast backend, imported when it first runs."""
-    if impl == "cpu":
-        from fastprompt.ops.cpu import prompt_attention_varlen as backend
-
-        return backend
-    if impl == "triton":
-        from fastprompt.kernels import prompt_attention_varlen as backend
-
-        return backend
-    raise ValueError(f"impl: got {impl!r}, expected a fast backend")
-
-
 def _forward(*args):
-    return _backend(args[-1]).forward(*args[:-1])
+    return backend("prompt_attention_varlen", args[-1]).forward(*args[:-1])
 
 
 def _backward(*args):
-    return _backend(args[-1]).backward(*args[:-1])
+    return backend("prompt_attention_varlen", args[-1]).backward(*args[:-1])
 
 
 LIBRARY.impl("prompt_attention_varlen", _forward, "CompositeExplicitAutograd")

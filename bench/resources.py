@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every Triton kernel takes of a GPU, compiled without one: ``python -m bench.resources``.
+
+Each kernel is compiled exactly as its launcher would launch it (same arguments, constants and configuration), for
+targets that need not be present. Registers, stack (spilled registers) and static shared memory come from the cubin, read
+by the cuobjdump that Triton carries; dynamic shared memory from Triton. AMD targets are compiled only: nothing here
+reads their binaries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastprompt.kernels.launch import Launch
+from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
+from fastprompt.ops.dispatch import HEAD_SIZES
+
+#: Shared memory a block may use, bytes (CUDA programming guide, table of technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32), "cuda:90": GPUTarget("cuda", 90, 32), "cuda:100": GPUTarget("cuda", 100, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCALARS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32",
+           torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
+
+README = Path(__file__).parents[1] / "kernels" / "README.md"
+BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
+
+
+class Job(NamedTuple):
+    """One kernel of one variant for one target."""
+
+    variant: str
+    kernel: str
+    dtype: str
+    dim: int
+    target: str
+
+
+class Usage(NamedTuple):
+    """What it takes; stack and shared memory in bytes, per thread and per block; None where it cannot be read."""
+
+    registers: int | None
+    stack: int | None
+    shared: int
+    warps: int
+
+
+def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """Every launch of forward and backward on ViT-B/16 shapes, as the launchers plan them; no data is needed."""
+    batch, heads, tokens, prompts = 64, 12, 197, 50
+    packed = variant == "packed"
+    rows = (1, tokens * batch) if packed else (batch, tokens)
+
+    def tensor(b: int, t: int) -> Tensor:
+        return torch.empty(b, t, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+
+    query, key, value, out, grad_out = (tensor(*rows) for _ in range(5))
+    prompt_key, prompt_value = (torch.empty(1, heads, prompts, dim, dtype=dtype, device="meta") for _ in range(2))
+    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta") if packed else None
+    masked = variant == "masked"
+    mask = torch.empty(batch, 1, 1, tokens, dtype=torch.uint8, device="meta").expand(-1, heads, tokens, -1)
+    problem = Problem(
+        query, key, value, prompt_key, prompt_value, None, mask if masked else None, variant != "plain", dim**-0.5,
+        cu_seqlens, tokens if packed else 0,
+    )  # fmt: skip
+    lse = torch.empty(query.shape[:3], device="meta")
+    grads = allocate(problem, [True] * 5)
+    plan = [plan_forward(problem, out, lse), *plan_backward(problem, out, lse, grad_out, lse, grads)]
+    return list({launch.kernel.__name__: launch for launch in plan}.values())
+
+
+def source(launch: Launch) -> ASTSource:
+    """What Triton's own launcher would compile: ones and None are constants, multiples of 16 are marked."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    values = launch.arguments | launch.constants
+    for position, parameter in enumerate(launch.kernel.params):
+
+        def describe(value: Any, path: tuple[int, ...], parameter: Any = parameter) -> Any:
+            if isinstance(value, tuple):
+                return tuple(describe(x, (*path, i)) for i, x in enumerate(value))
+            number = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (number and value == 1):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, Tensor) or (number and value % 16 == 0):
+                attributes[path] = [["tt.divisibility", 16]]
+            if isinstance(value, Tensor):
+                return "*" + SCALARS[value.dtype]
+            return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+
+        signature[parameter.name] = describe(values[parameter.name], (position,))
+    return ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_job(job: Job) -> Usage:
+    """Compile one kernel for its target and read what it takes."""
+    launch = _launch(job)
+    target = TARGETS[job.target]
+    compiled = triton.compile(source(launch), target=target, options=launch.options())
+    registers = stack = None
+    shared = compiled.metadata.shared
+    if target.backend == "cuda":
+        registers, stack, static = read_cubin(compiled.asm["cubin"], job.kernel)
+        shared = max(shared, static)
+    return Usage(registers, stack, shared, launch.config.warps)
+
+
+def read_cubin(cubin: bytes, kernel: str) -> tuple[int, int, int]:
+    """Registers and stack bytes of a thread, and static shared memory of a block."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    match = re.search(rf"Function {kernel}:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump: no resource usage of {kernel} in {text!r}")
+    registers, stack, shared = map(int, match.groups())
+    return registers, stack, shared
+
+
+def distinct(todo: list[Job]) -> dict[Job, Job]:
+    """Every job, and the first one that compiles the same code."""
+    first: dict[tuple, Job] = {}
+    return {job: first.setdefault((job.target, source(_launch(job)).hash(), _launch(job).config), job) for job in todo}
+
+
+def _launch(job: Job) -> Launch:
+    return next(x for x in plans(job.variant, DTYPES[job.dtype], job.dim) if x.kernel.__name__ == job.kernel)
+
+
+def jobs(variants: list[str], dtypes: list[str], dims: list[int], targets: list[str]) -> Iterator[Job]:
+    """Every kernel of every combination."""
+    for variant in variants:
+        for dtype in dtypes:
+            for dim in dims:
+                for launch in plans(variant, DTYPES[dtype], dim):
+                    for target in targets:
+                        yield Job(variant, launch.kernel.__name__, dtype, dim, target)
+
+
+def faults(job: Job, usage: Usage) -> list[str]:
+    """What the gate forbids: half precision with D <= 128 must not spill, and nothing may exceed the shared memory."""
+    if not job.target.startswith("cuda"):
+        return []
+    found = []
+    limit = SHARED_LIMIT[int(job.target.split(":")[1])]
+    if usage.shared > limit:
+        found.append(f"{usage.shared} bytes of shared memory, limit {limit}")
+    if usage.stack and job.dtype != "fp32" and job.dim <= 128:
+        found.append(f"{usage.stack} bytes of stack: registers are spilled")
+    return found
+
+
+def table(rows: list[tuple[Job, Usage]]) -> str:
+    """Markdown: one line a kernel, dtype and head size; registers/stack/shared KiB of every target."""
+    targets = list(dict.fromkeys(job.target for job, _ in rows))
+    lines = ["| kernel | variant | dtype | D | warps | " + " | ".join(targets) + " |", "|---" * (5 + len(targets)) + "|"]
+    grouped: dict[tuple, dict[str, Usage]] = {}
+    for job, usage in rows:
+        grouped.setdefault((job.kernel, job.variant, job.dtype, job.dim), {})[job.target] = usage
+    for (kernel, variant, dtype, dim), usages in grouped.items():
+        cells = []
+        for target in targets:
+            u = usages[target]
+            stack = "" if not u.stack else f" **stack {u.stack}**"
+            cells.append("compiles" if u.registers is None else f"{u.registers} / {u.shared / 1024:.0f}{stack}")
+        name = kernel.removesuffix("_kernel")
+        lines.append(f"| {name} | {variant} | {dtype} | {dim} | {usages[targets[0]].warps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile the matrix; exit code 1 if the gate forbids something."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser.add_argument("--variants", nargs="+", default=["plain", "masked", "packed"])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write one line a kernel here")
+    parser.add_argument("--write", action="store_true", help="write the table into kernels/README.md")
+    args = parser.parse_args(argv)
+    todo = list(jobs(args.variants, args.dtypes, args.dims, args.targets))
+    same = distinct(todo)
+    unique = list(dict.fromkeys(same.values()))
+    with ProcessPoolExecutor(args.workers) as pool:
+        usages = dict(zip(unique, tqdm(pool.map(compile_job, unique), "compile", len(unique), leave=False), strict=True))
+    rows = [(job, usages[same[job]]) for job in todo]
+    if args.json:
+        args.json.write_text("".join(json.dumps({**j._asdict(), **u._asdict()}) + "\n" for j, u in rows))
+    if args.write:
+        before, rest = README.read_text().split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
+    else:
+        print(table(rows))
+    bad = [(job, fault) for job, usage in rows for fault in faults(job, usage)]
+    for job, fault in bad:
+        print(f"bench.resources: {' '.join(map(str, job))}: {fault}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

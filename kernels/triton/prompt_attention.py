@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prompt_attention` in Triton: what the launchers of both directions allocate and launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import configs
+from .configs import Config, padded
+from .launch import INTERPRET, Launch, upcast
+from .prompt_attention_backward import delta_kernel, key_value_kernel, prompt_kernel, query_kernel, reduce_kernel
+from .prompt_attention_forward import forward_kernel
+
+#: Programs that the reduction of prompt gradients aims for: two for every multiprocessor of a large GPU. A constant,
+#: so that the order of the sum depends on shapes alone.
+PROGRAMS = 264
+
+#: Elements a program of the last sum over splits adds up.
+REDUCE = 1024
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, as the kernels see it: ``[B,H,T,D]`` views; packed sequences are one row axis cut by ``cu_seqlens``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prompt_key: Tensor
+    prompt_value: Tensor
+    prompt_index: Tensor | None
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Batch size, or number of sequences."""
+        return len(self.query) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @property
+    def rows(self) -> int:
+        """Queries of the longest sample."""
+        return self.query.shape[2] if self.cu_seqlens is None else self.max_seqlen
+
+    @property
+    def keys(self) -> int:
+        """Instance keys of the longest sample."""
+        return self.key.shape[2] if self.cu_seqlens is None else self.max_seqlen
+
+    @property
+    def prompts(self) -> int:
+        """Prompt keys P."""
+        return self.prompt_key.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """Query heads of a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def dim(self) -> dict[str, int]:
+        """Head size, and the power of two that tiles hold."""
+        return {"D": self.query.shape[3], "BLOCK_D": padded(self.query.shape[3])}
+
+    def config(self, kernel: str, rows: int, keys: int) -> Config:
+        """The configuration of one kernel."""
+        if INTERPRET:
+            return configs.fit(configs.PINNED, rows, keys)
+        masked = self.mask is not None and kernel != "prompt"
+        return configs.choose(kernel, self.query.element_size(), self.dim["BLOCK_D"], rows, keys, masked)
+
+    def inputs(self) -> dict[str, object]:
+        """What both kernels that loop over keys read."""
+        return {
+            "query": self.query, "key": self.key, "value": self.value,
+            "prompt_key": self.prompt_key, "prompt_value": self.prompt_value, "prompt_index": self.prompt_index,
+            "mask": self.mask, "cu_seqlens": self.cu_seqlens,
+            "sq": strides(self.query), "sk": strides(self.key), "sv": strides(self.value),
+            "spk": strides(self.prompt_key), "spv": strides(self.prompt_value), "sm": strides(self.mask),
+        }  # fmt: skip
+
+
+def strides(x: Tensor | None) -> tuple[int, ...] | None:
+    """Strides as kernels use them: a leading axis of size 1 (a shared prompt, packed rows, a broadcast mask) has 0."""
+    if x is None:
+        return None
+    return (0 if len(x) == 1 else x.stride(0), *x.stride()[1:])
+
+
+def tiles(size: int, block: int) -> int:
+    """How many tiles of ``block`` cover ``size``."""
+    return -(-size // block)
+
+
+def full_mask(attn_mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """The mask as a ``[B,Hq,Tq,Tk]`` view with stride 0 where it is broadcast; bool is read as bytes."""
+    if attn_mask is None:
+        return None
+    mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
+    return mask.expand(shape)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prompt_index: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B,Hq,Tq,D]`` (memory order B,T,H,D) and lse ``[B,Hq,Tq]`` float32."""
+    batch, heads, tq, dim = query.shape
+    mask = full_mask(attn_mask, (batch, heads, tq, key.shape[2]))
+    problem = Problem(query, key, value, prompt_key, prompt_value, prompt_index, mask, is_causal, scale)
+    out = query.new_empty(batch, tq, heads, dim).transpose(1, 2)
+    lse = query.new_empty(batch, heads, tq, dtype=torch.float32)
+    plan_forward(problem, out, lse).run()
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prompt_index: Tensor | None,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of those of the five tensors that ``needs`` names, in their order."""
+    mask = full_mask(attn_mask, (*query.shape[:3], key.shape[2]))
+    problem = Problem(query, key, value, prompt_key, prompt_value, prompt_index, mask, is_causal, scale)
+    grads = allocate(problem, needs)
+    for step in plan_backward(problem, out, lse, grad_out, grad_lse, grads):
+        step.run()
+    return [x for x in grads if x is not None]
+
+
+def allocate(problem: Problem, needs: list[bool]) -> list[Tensor | None]:
+    """Uninitialised gradients of the tensors in ``needs``; those of prompts are contiguous, as their sum is."""
+    p = problem
+    grads = [torch.empty_like(x) if need else None for x, need in zip((p.query, p.key, p.value), needs, strict=False)]
+    for x, need in zip((p.prompt_key, p.prompt_value), needs[3:], strict=True):
+        grads.append(torch.empty_like(x, memory_format=torch.contiguous_format) if need else None)
+    return grads
+
+
+def plan_forward(problem: Problem, out: Tensor, lse: Tensor) -> Launch:
+    """The forward launch."""
+    p = problem
+    config = p.config("forward", p.rows, max(p.keys, p.prompts))
+    count, heads = tiles(p.rows, config.rows), p.query.shape[1]
+    arguments = p.inputs() | {
+        "out": out, "lse": lse, "so": strides(out), "sl": strides(lse),
+        "heads": heads, "groups": p.groups, "tiles": count, "tq": p.rows, "tk": p.keys, "prompts": p.prompts,
+        "scale": p.scale,
+    }  # fmt: skip
+    constants = {"CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype), **p.dim, **_tile(config, p.prompts)}
+    return Launch(forward_kernel, count * heads * p.samples, arguments, constants, config)
+
+
+def _tile(config: Config, prompts: int) -> dict[str, int]:
+    return {"BLOCK_P": min(config.keys, padded(prompts)), "BLOCK_M": config.rows, "BLOCK_N": config.keys}
+
+
+def plan_backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: list[Tensor | None]
+) -> list[Launch]:
+    """The launches that fill those gradients that are not None; a part that nobody needs is not launched."""
+    p = problem
+    dq, dk, dv, dpk, dpv = grads
+    delta = torch.empty_like(lse)
+    plan = []
+    if dq is not None or dk is not None or dpk is not None:
+        plan.append(_plan_delta(p, out, grad_out, grad_lse, delta))
+    state = {
+        "grad_out": grad_out, "lse": lse, "delta": delta, "sdo": strides(grad_out), "sl": strides(lse),
+        "groups": p.groups, "scale": p.scale,
+    }  # fmt: skip
+    if dq is not None:
+        plan.append(_plan_query(p, state, dq))
+    if dk is not None or dv is not None:
+        plan.append(_plan_key_value(p, state, dk, dv))
+    if (dpk is not None or dpv is not None) and p.prompts:
+        plan += _plan_prompt(p, state, dpk, dpv)
+    return plan
+
+
+def _plan_delta(p: Problem, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
+    config = Config(rows=min(64, padded(p.rows)), keys=0, warps=4, stages=1)
+    count, heads = tiles(p.rows, config.rows), p.query.shape[1]
+    arguments = {
+        "out": out, "grad_out": grad_out, "grad_lse": grad_lse, "cu_seqlens": p.cu_seqlens, "delta": delta,
+        "so": strides(out), "sdo": strides(grad_out), "sdl": strides(grad_lse), "sl": strides(delta),
+        "heads": heads, "tiles": count, "tq": p.rows,
+    }  # fmt: skip
+    return Launch(delta_kernel, count * heads * p.samples, arguments, {**p.dim, "BLOCK_M": config.rows}, config)
+
+
+def _plan_query(p: Problem, state: dict, dq: Tensor) -> Launch:
+    config = p.config("query", p.rows, max(p.keys, p.prompts))
+    count, heads = tiles(p.rows, config.rows), p.query.shape[1]
+    arguments = p.inputs() | state | {
+        "grad_query": dq, "sdq": strides(dq), "heads": heads, "tiles": count, "tq": p.rows, "tk": p.keys,
+        "prompts": p.prompts,
+    }  # fmt: skip
+    constants = {"CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype), **p.dim, **_tile(config, p.prompts)}
+    return Launch(query_kernel, count * heads * p.samples, arguments, constants, config)
+
+
+def _plan_key_value(p: Problem, state: dict, dk: Tensor | None, dv: Tensor | None) -> Launch:
+    config = p.config("key_value", p.rows, p.keys)
+    count, heads_kv = tiles(p.keys, config.keys), p.key.shape[1]
+    arguments = state | {
+        "query": p.query, "key": p.key, "value": p.value, "mask": p.mask, "cu_seqlens": p.cu_seqlens,
+        "grad_key": dk, "grad_value": dv, "sq": strides(p.query), "sk": strides(p.key), "sv": strides(p.value),
+        "sm": strides(p.mask), "sdk": strides(dk), "sdv": strides(dv),
+        "heads_kv": heads_kv, "tiles": count, "tq": p.rows, "tk": p.keys,
+    }  # fmt: skip
+    constants = {
+        "NEED_K": dk is not None, "NEED_V": dv is not None, "CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype),
+        **p.dim, "BLOCK_M": config.rows, "BLOCK_N": config.keys,
+    }  # fmt: skip
+    return Launch(key_value_kernel, count * heads_kv * p.samples, arguments, constants, config)
+
+
+def _plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None) -> list[Launch]:
+    bank, heads_kv, prompts, dim = p.prompt_key.shape
+    rows = p.query.shape[0] * p.query.shape[2]
+    config = p.config("prompt", -(-rows // bank), prompts)
+    count = tiles(prompts, config.keys)
+    splits = max(1, min(tiles(rows, bank * config.rows), PROGRAMS // (bank * heads_kv * count)))
+    shape = (splits, bank, heads_kv, prompts, dim)
+    work = [None if x is None else x.new_empty(shape, dtype=torch.float32) for x in (dpk, dpv)]
+    order, starts = _readers(p, bank)
+    arguments = state | {
+        "query": p.query, "prompt_key": p.prompt_key, "prompt_value": p.prompt_value, "order": order, "starts": starts,
+        "work_key": work[0], "work_value": work[1],
+        "sq": strides(p.query), "spk": strides(p.prompt_key), "spv": strides(p.prompt_value),
+        "heads_kv": heads_kv, "tiles": count, "splits": splits, "bank": bank, "tq": p.query.shape[2],
+        "rows_total": rows, "prompts": prompts,
+    }  # fmt: skip
+    constants = {
+        "NEED_K": dpk is not None, "NEED_V": dpv is not None, "UPCAST": upcast(p.query.dtype), **p.dim,
+        "BLOCK_M": config.rows, "BLOCK_P": config.keys,
+    }  # fmt: skip
+    plan = [Launch(prompt_kernel, splits * count * heads_kv * bank, arguments, constants, config)]
+    for parts, grad in zip(work, (dpk, dpv), strict=True):
+        if parts is not None and grad is not None:
+            sizes = {"work": parts, "grad": grad, "splits": splits, "size": grad.numel()}
+            reduce = Config(REDUCE, 0, 4, 1)
+            plan.append(Launch(reduce_kernel, tiles(grad.numel(), REDUCE), sizes, {"BLOCK": REDUCE}, reduce))
+    return plan
+
+
+def _readers(p: Problem, bank: int) -> tuple[Tensor | None, Tensor | None]:
+    """Rows sorted by the prompt they read, and where each prompt's begin; None where equal runs in order say it all."""
+    index = p.prompt_index
+    if p.cu_seqlens is not None and index is None and bank > 1:
+        index = torch.arange(bank, device=p.query.device)
+    if index is None:
+        return None, None
+    lengths = p.rows if p.cu_seqlens is None else p.cu_seqlens.diff()
+    total = p.query.shape[0] * p.query.shape[2]
+    reads = torch.repeat_interleave(index, lengths, output_size=total)
+    order = reads.argsort(stable=True)
+    bounds = torch.arange(bank + 1, device=reads.device)
+    return order.to(torch.int32), torch.searchsorted(reads[order], bounds).to(torch.int32)
