@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,7 @@ def interleave(
             name = names[(i + r) % len(names)]
             if name in failed:
                 continue
-            step = steps[name]
-            seconds, why_not = attempt(lambda step=step: clock(step))
+            seconds, why_not = attempt(partial(clock, steps[name]))
             if why_not:
                 failed[name] = why_not
             elif r >= 0:
@@ -125,6 +125,7 @@ def machine(device: str) -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
     commit = _output("git", "rev-parse", "HEAD")
     dirty = _output("git", "status", "--porcelain", "--untracked-files=no")
+    hardware: dict[str, Any]
     if device == "cuda":
         fields = ("driver_version", "clocks.sm", "clocks.max.sm")
         found = _output("nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").split(", ")

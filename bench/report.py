@@ -79,15 +79,22 @@ def results_block() -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    """Rewrite the tables."""
+def written() -> dict[Path, str]:
+    """The two files with their tables as the results are now."""
+    found = {}
     for file, blocks in (
         (ROOT / "README.md", {"demo": demo_block, "vpt_step": vpt_step_block}),
         (RESULTS / "README.md", {"cases": cases_block, "results": results_block}),
     ):
-        text = file.read_text()
+        found[file] = file.read_text()
         for name, make in blocks.items():
-            text = replace_block(text, name, make())
+            found[file] = replace_block(found[file], name, make())
+    return found
+
+
+def main() -> None:
+    """Rewrite the tables."""
+    for file, text in written().items():
         file.write_text(text)
 
 

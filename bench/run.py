@@ -115,7 +115,7 @@ def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Check, time and measure one case; print a table and append JSON lines."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("case", choices=names())
@@ -150,7 +150,6 @@ def main(argv: list[str] | None = None) -> int:
                 file.writelines(
                     json.dumps({"case": case.name, "provider": n, **r, **common}) + "\n" for n, r in rows.items()
                 )
-    return 0
 
 
 def _peak(case: Case, provider: str, device: str) -> int | str:
@@ -166,4 +165,4 @@ def _measured(file: Path, case: Case) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

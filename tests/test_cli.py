@@ -127,7 +127,7 @@ def test_wrong_usage_exits_2(capsys):
         assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "tune", "eval", "info", "inspect", "assets"])
+@pytest.mark.parametrize("command", ["demo", "tune", "eval", "bench", "info", "inspect", "assets"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -45,7 +45,9 @@ def build(
         model.load_state_dict(weights)
         model = model.to(device, kind).requires_grad_(False).train()  # recomputing is for training mode; no dropout
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Its name since transformers 5.23 and before.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         return model
 
     def step(model: nn.Module, trained: list[nn.Parameter], **inputs: Tensor) -> Step:
