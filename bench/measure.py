@@ -19,18 +19,21 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from bench.case import CannotRun
+from bench.case import CannotRun, IsWrong
 from fastprompt.errors import ImplUnavailableError
 
 OOM = "oom"
+WRONG = "wrong: "
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """``(work(), None)``, or ``(None, why not)`` where it cannot run or runs out of memory; other errors are raised."""
+    """``(work(), None)``, or ``(None, why not)`` where it cannot run, is wrong or out of memory."""
     try:
         return work(), None
     except CannotRun as error:
         why_not = f"not run: {error}"
+    except IsWrong as error:
+        why_not = f"{WRONG}{error}"
     except ImplUnavailableError as error:
         why_not = "not run: " + str(error).split(". Use ")[0]  # the reasons without the advice
     except (torch.OutOfMemoryError, MemoryError):

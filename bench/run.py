@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench import cases
 from bench.case import Case, difference
-from bench.measure import OOM, DeviceClock, attempt, interleave, machine, summary, wall_clock
+from bench.measure import OOM, WRONG, DeviceClock, attempt, interleave, machine, summary, wall_clock
 from bench.rows import read, settings
 from fastprompt.tuning.memory import peak_memory
 
@@ -115,8 +116,8 @@ def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Check, time and measure one case; print a table and append JSON lines."""
+def main(argv: list[str] | None = None) -> int:
+    """Check, time and measure one case; print a table and append JSON lines; 1 if a provider is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("case", choices=names())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -128,7 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory-of", metavar="PROVIDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     header = machine(args.device)
+    wrong = False
     for params in grid(args.set):
+        torch.compiler.reset()  # a provider compiled for other shapes would be compiled again for any, and run slower
         case = build(args.case, args.device, params, args.providers)
         if args.memory_of:
             print(json.dumps(_peak(case, args.memory_of, args.device)))
@@ -142,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             return _peak(case, provider, args.device)
 
         rows = measure(case, args.device, args.rounds, peak)
+        wrong |= any(r.get("why_not", "").startswith(WRONG) for r in rows.values())
         print(show(case, rows), end="\n\n", flush=True)
         if args.json:
             common = {"baseline": case.baseline, "params": case.params, "rounds": args.rounds, "machine": header}
@@ -150,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
                 file.writelines(
                     json.dumps({"case": case.name, "provider": n, **r, **common}) + "\n" for n, r in rows.items()
                 )
+    return int(wrong)
 
 
 def _peak(case: Case, provider: str, device: str) -> int | str:
@@ -165,4 +170,4 @@ def _measured(file: Path, case: Case) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -210,7 +210,8 @@ def _bench(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(root))
     from bench.run import main as run
 
-    run(args.arguments)
+    if run(args.arguments):
+        raise SystemExit(1)
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.case import Case, Provider, Step
+from bench.case import Case, Provider, Step, tolerance
 from fastprompt.ops import merge_states, prompt_attention
 from fastprompt.ops.cpu import prompt_attention as cpu
 
@@ -69,7 +69,7 @@ def build(
         return [out.detach(), *torch.autograd.grad(out, exact, grad.double())]
 
     params = {"batch": batch, "heads": heads, "tokens": tokens, "dim": dim, "prompts": prompts, "dtype": dtype}
-    return Case("cpu_candidates", providers, "concat_sdpa", reference, 8 * torch.finfo(kind).eps, params)
+    return Case("cpu_candidates", providers, "concat_sdpa", reference, tolerance(kind), params)
 
 
 class _MergedFlash(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import CannotRun, Case, Provider, Step, Work, attention_work
+from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, tolerance
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.dispatch import IMPLS
 
@@ -100,8 +100,7 @@ def build(
 
     params = {"batch": batch, "heads": heads, "tokens": tokens, "dim": dim, "prompts": prompts, "dtype": dtype,
               "mode": mode}  # fmt: skip
-    tolerance = 8 * torch.finfo(kind).eps
-    return Case("prompt_attention", providers, "concat", reference, tolerance, params, device_time=True)
+    return Case("prompt_attention", providers, "concat", reference, tolerance(kind), params, device_time=True)
 
 
 def _concat(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +129,7 @@ def _sdpa_on(name: str, backend: SDPBackend) -> Callable[..., Tensor]:
 def _flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda *inputs: compiled(*_concat(*inputs))
 
 
@@ -141,7 +140,7 @@ def _flex_packed(batch: int, tokens: int, prompts: int, device: str) -> Callable
         return (k < prompts) | (q // tokens == (k - prompts) // tokens)
 
     mask = create_block_mask(visible, None, None, batch * tokens, prompts + batch * tokens, device=device)
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def run(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for x in (q, k, v))
