@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
@@ -23,25 +24,28 @@ from bench.case import CannotRun, IsWrong
 from fastprompt.errors import ImplUnavailableError
 
 OOM = "oom"
-WRONG = "wrong: "
+WRONG = "wrong"
+FAILED = "failed"
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """``(work(), None)``, or ``(None, why not)`` where it cannot run, is wrong or out of memory."""
+    """``(work(), None)``, or ``(None, why not)`` where it cannot run, is wrong, out of memory or broken."""
     try:
         return work(), None
     except CannotRun as error:
         why_not = f"not run: {error}"
     except IsWrong as error:
-        why_not = f"{WRONG}{error}"
+        why_not = f"{WRONG}: {error}"
     except ImplUnavailableError as error:
         why_not = "not run: " + str(error).split(". Use ")[0]  # the reasons without the advice
     except (torch.OutOfMemoryError, MemoryError):
         why_not = OOM
-    except RuntimeError as error:
-        if "DefaultCPUAllocator: can't allocate memory" not in str(error):
-            raise
-        why_not = OOM
+    except Exception as error:
+        if "DefaultCPUAllocator: can't allocate memory" in str(error):
+            why_not = OOM
+        else:
+            traceback.print_exc()  # the others go on, and the run fails
+            why_not = f"{FAILED}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench import cases
 from bench.case import Case, difference
-from bench.measure import OOM, WRONG, DeviceClock, attempt, interleave, machine, summary, wall_clock
+from bench.measure import FAILED, OOM, WRONG, DeviceClock, attempt, interleave, machine, summary, wall_clock
 from bench.rows import read, settings
 from fastprompt.tuning.memory import peak_memory
 
@@ -117,7 +117,7 @@ def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, time and measure one case; print a table and append JSON lines; 1 if a provider is wrong."""
+    """Check, time and measure a case; print a table, append JSON lines; 1 if a provider is wrong or fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("case", choices=names())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             return _peak(case, provider, args.device)
 
         rows = measure(case, args.device, args.rounds, peak)
-        wrong |= any(r.get("why_not", "").startswith(WRONG) for r in rows.values())
+        wrong |= any(r.get("why_not", "").startswith((WRONG, FAILED)) for r in rows.values())
         print(show(case, rows), end="\n\n", flush=True)
         if args.json:
             common = {"baseline": case.baseline, "params": case.params, "rounds": args.rounds, "machine": header}

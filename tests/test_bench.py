@@ -11,7 +11,7 @@ import torch
 
 from bench import compare, plot, report, roofline, rows, run, tables
 from bench.case import CannotRun, Case, Provider, attention_work, difference
-from bench.measure import OOM, WRONG, attempt, interleave, summary, wall_clock
+from bench.measure import FAILED, OOM, WRONG, attempt, interleave, summary, wall_clock
 from bench.run import build, grid, main, measure, names
 from fastprompt.tuning.memory import peak_memory
 
@@ -42,7 +42,7 @@ def agreed(case):
         found, why_not = None, provider.why_not
         if why_not is None:
             found, why_not = attempt(lambda n=name: difference(case, n, want))
-            assert not (why_not or "").startswith(WRONG), f"{name} is {why_not}"
+            assert not (why_not or "").startswith((WRONG, FAILED)), f"{name}: {why_not}"
         if why_not:
             reasons[name] = why_not
         elif found is not None:
@@ -95,14 +95,22 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     assert found["fastprompt"]["p50_s"] > 0
 
 
-@pytest.mark.parametrize("result", [torch.full((1,), 1.01), torch.full((1,), torch.nan)])
-def test_a_run_with_a_wrong_provider_fails(result, monkeypatch, tmp_path):
-    wrong = toy(wrong=Provider(lambda: None, lambda: [result]))
+@pytest.mark.parametrize(
+    ("check", "why_not"),
+    [
+        (lambda: [torch.full((1,), 1.01)], "wrong: off by 0.01, expected at most 1e-06"),
+        (lambda: [torch.full((1,), torch.nan)], "wrong: off by nan, expected at most 1e-06"),
+        (lambda: [torch.ones(2) @ torch.ones(3)], "failed: RuntimeError: "),
+    ],
+)
+def test_a_run_with_a_wrong_provider_fails(check, why_not, monkeypatch, tmp_path):
+    wrong = toy(wrong=Provider(lambda: None, check))
     monkeypatch.setattr(run, "build", lambda *args: wrong)
     monkeypatch.setattr(run, "peak_in_fresh_process", lambda *args: 0)
     file = tmp_path / "result.jsonl"
     assert main(["vpt_step", "--rounds", "1", "--json", str(file)]) == 1
-    assert {r["provider"]: r.get("why_not", "")[:5] for r in rows.read(file)} == {"good": "", "wrong": "wrong"}
+    good, bad = rows.read(file)
+    assert "why_not" not in good and bad["why_not"].startswith(why_not)
 
 
 def toy(**providers):
@@ -150,14 +158,12 @@ def test_memory_that_runs_out_while_measured_is_a_row():
     assert measure(toy(), "cpu", 1, lambda name: OOM)["good"] == {"why_not": OOM}
 
 
-def test_a_bug_in_a_provider_is_raised():
-    with pytest.raises(RuntimeError, match="a bug"):
-        measure(toy(broken=Provider(raises(RuntimeError("a bug")))), "cpu", 1, lambda name: 0)
-
-
-def test_a_missing_result_is_an_error():
-    with pytest.raises(ValueError, match="zip"):
-        measure(toy(short=Provider(lambda: list, list)), "cpu", 1, lambda name: 0)
+def test_errors_are_rows_that_name_them(capsys):
+    case = toy(broken=Provider(raises(RuntimeError("a bug\nin detail"))), short=Provider(lambda: list, list))
+    found = measure(case, "cpu", 1, lambda name: 0)
+    assert found["broken"] == {"why_not": "failed: RuntimeError: a bug"} and "in detail" in capsys.readouterr().err
+    assert found["short"]["why_not"].startswith("failed: ValueError: zip()")  # a missing result
+    assert found["good"]["p50_s"] > 0
 
 
 def test_without_its_baseline_a_case_has_times_but_no_ratios():
