@@ -70,16 +70,17 @@ class PrefixKV:
         object.__setattr__(self, "init", self._checked_init())
 
     def _checked_init(self) -> str | tuple[int, ...]:
-        if self.reparam == "mlp" and self.init != "normal":
-            raise ValueError(f"init: got {self.init!r}, but reparam='mlp' starts as published; leave init out")
-        if isinstance(self.init, str):
-            if self.init in INITS:
-                return self.init
-        elif isinstance(self.init, Sequence) and all(isinstance(i, int) and i >= 0 for i in self.init):
-            if len(self.init) == self.length:
-                return tuple(self.init)
-            raise ValueError(f"init: got {len(self.init)} token ids, expected {self.length}, one for every prompt")
-        raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(map(repr, INITS))} or token ids")
+        init = self.init
+        if self.reparam == "mlp" and init != "normal":
+            raise ValueError(f"init: got {init!r}, but reparam='mlp' starts as published; leave init out")
+        if isinstance(init, str) and init in INITS:
+            return init
+        ids = tuple(init) if isinstance(init, Sequence) and not isinstance(init, str) else ()
+        if not ids or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+            raise ValueError(f"init: got {init!r}, expected one of {', '.join(map(repr, INITS))}, or token ids")
+        if len(ids) != self.length:
+            raise ValueError(f"init: got {len(ids)} token ids, expected {self.length}, one for every prompt")
+        return ids
 
     @property
     def tokens(self) -> tuple[int, ...] | None:

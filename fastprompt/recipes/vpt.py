@@ -96,9 +96,15 @@ class VPT:
             projection.to(device, dtype)
         prompts: dict[int, nn.Module] = {}
         for i in chosen:
+            inserted = i < last and i + 1 not in chosen
+            if inserted and sites[i].packed:
+                raise ValueError(
+                    f"layers: got {chosen} of {last + 1}, but prompts that no next layer replaces run as tokens, which "
+                    f"a tower of packed images cannot take; expected depth='deep' with all layers from {chosen[0]} on"
+                )
             initial = _INITS[self.init](self.length, width, sites[i]).to(device, dtype)
             prompts[i] = ProjectedPrompt(
-                initial, sites[i], inserted=i < last and i + 1 not in chosen,
+                initial, sites[i], inserted=inserted,
                 projection=projection, owner=i == chosen[0], dropout=self.dropout,
             )  # fmt: skip
         return prompts
