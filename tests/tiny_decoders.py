@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MethodType
+from weakref import WeakKeyDictionary
 
 import torch
 from tiny_models import randomised
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     CLIPVisionConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -29,6 +33,10 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.masking_utils import eager_mask
+
+from fastprompt.hf.attach import Handle
+from fastprompt.hf.sites import choose_tower
 
 VOCABULARY, PAD, IMAGE = 60, 0, 50
 DECODER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -38,7 +46,6 @@ TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 TOWER |= {"image_size": 16, "patch_size": 4}
 SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 
-#: Layers of the window, and one that sees everything.
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "Llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
     "SmolLM2": lambda: LlamaForCausalLM(
@@ -105,7 +112,17 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in evaluation mode, with random weights that make attention peaked."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return randomised({**DECODERS, **MULTIMODAL}[name]()).to(dtype)
+        model = randomised({**DECODERS, **MULTIMODAL}[name]()).to(dtype)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = MethodType(rms_norm, module)
+    return model
+
+
+def rms_norm(self, x: Tensor) -> Tensor:
+    """Transformers computes it in float32 whatever the model's dtype, too coarse for a float64 comparison."""
+    return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
 
 def sentences(padding: str | None = None) -> dict[str, Tensor]:
@@ -147,6 +164,53 @@ def image_inputs(name: str, model: PreTrainedModel) -> dict[str, Tensor]:
     if name.startswith("Qwen"):
         extra["mm_token_type_ids"] = (ids == IMAGE).long()
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), **extra}
+
+
+def rotate_vision(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embeddings of Qwen's vision towers, which transformers computes in float32, in the dtype that it gets."""
+
+    def rotate(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return x * cos.unsqueeze(-2) + torch.cat([-right, left], dim=-1) * sin.unsqueeze(-2)
+
+    return rotate(query), rotate(key)
+
+
+# The published form: learned keys in front of the rotated keys of the tokens, one copy a sample
+
+
+PREFIXES: WeakKeyDictionary[nn.Module, Callable[[], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+def concatenation(module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs):
+    """Attention over ``[prefix, keys]`` of a module in `PREFIXES`, in plain matrix products, every mask written out."""
+    hidden = query.new_zeros(query.shape[2], key.shape[2]) if attention_mask is None else attention_mask
+    if attention_mask is None and is_causal:
+        hidden = hidden.masked_fill(torch.ones_like(hidden).triu(1).bool(), -torch.inf)
+    if module in PREFIXES:
+        prefix_key, prefix_value = (x.to(key.dtype).expand(len(key), -1, -1, -1) for x in PREFIXES[module]())
+        key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+        hidden = torch.nn.functional.pad(hidden, (prefix_key.shape[2], 0))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = scaling * query @ key.transpose(-1, -2) + hidden
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
+
+
+def concatenate(model: PreTrainedModel, tower: str, prefixes: Mapping[int, Callable]) -> PreTrainedModel:
+    """A frozen model whose tower sees ``prefixes[layer]()`` as keys and values in front of its own."""
+    AttentionInterface.register("tests_prefix", concatenation)
+    AttentionMaskInterface.register("tests_prefix", eager_mask)
+    model.requires_grad_(False)
+    model.set_attn_implementation("tests_prefix")
+    attentions = choose_tower(model, tower).attentions
+    PREFIXES.update({attentions[i]: prefix for i, prefix in prefixes.items()})
+    return model
+
+
+def leaves(handle: Handle) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+    """Copies of a plain prefix's keys and values, by layer."""
+    found = {n: nn.Parameter(p.detach().clone()) for n, p in handle.named_parameters()}
+    return {s.index: (found[f"layers.{s.index}.key"], found[f"layers.{s.index}.value"]) for s in handle.sites}
 
 
 def logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
