@@ -227,7 +227,11 @@ def _sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str
     """The smallest input that runs the tower: one image of the config's size, or eight tokens if none are given."""
     config, weight = tower.module.config, next(tower.module.parameters())
     if tower.kind == "text":
-        return {"input_ids": torch.tensor([tokens or range(1, 9)], device=weight.device)}
+        ids = tuple(tokens or range(1, 9))
+        limit = getattr(config, "vocab_size", None)
+        if tokens and limit is not None and max(ids) >= limit:
+            raise ValueError(f"init: got token id {max(ids)}, expected ids below {limit}, the model's vocabulary")
+        return {"input_ids": torch.tensor([ids], device=weight.device)}
     if tokens is not None:
         raise ValueError("init: token ids need a text tower, but this one is vision; use init='normal'")
     generator = torch.Generator().manual_seed(0)
