@@ -216,17 +216,24 @@ def _verify(projections: Projections, rows: Tensor, key: Tensor, value: Tensor) 
 def _verify_prompts(projections: Projections, rows: Tensor) -> None:
     """Rows by themselves give keys and values of their own, with gradients, as prompts need; packed weights may not."""
     fix = "on a quantised base use PrefixKV, which needs no projection, or weights that are not quantised"
+    rows = rows.clone().requires_grad_()
     try:
         with torch.enable_grad():
-            found = projections(rows.clone().requires_grad_())
+            found = projections(rows)
+            # Operations without a derivative may claim one, and then pass none on.
+            passed = [x.requires_grad and _gradient(x, rows) is not None for x in found]
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise Missing(f"its projections cannot be called on rows [P,C] ({what}); {fix}") from error
-    for what, x in zip(("key", "value"), found, strict=True):
+    for what, x, reached in zip(("key", "value"), found, passed, strict=True):
         if x.shape[-2] != len(rows):
             raise Missing(f"its {what} projection gives {x.shape[-2]} rows for {len(rows)}; {fix}")
-        if not x.requires_grad:
+        if not reached:
             raise Missing(f"its {what} projection passes no gradient to its input; {fix}")
+
+
+def _gradient(x: Tensor, rows: Tensor) -> Tensor | None:
+    return torch.autograd.grad(x.sum(), rows, retain_graph=True, allow_unused=True)[0]
 
 
 def _near(found: Tensor, recorded: Tensor, rotated: bool = False) -> bool:

@@ -70,11 +70,13 @@ class Site:
         return self.projections(rows)
 
     def fingerprint(self) -> Tensor | None:
-        """A frozen weight that tells this layer from those of other models; None where all are packed."""
-        if self.projections is not None:
-            return next(self.projections.key.linear.parameters())
-        own = [(n.split("."), p) for n, p in self.attention.named_parameters()]
-        weights = [(n, p) for n, p in own if CHILD not in n and p.is_floating_point() and p.dim() > 1]
+        """A plain weight that tells this layer from those of other models; None where all are packed or quantised."""
+        module = self.attention if self.projections is None else self.projections.key.linear
+        weights = [
+            (n.split("."), p)
+            for n, p in module.named_parameters()
+            if type(p) is nn.Parameter and p.is_floating_point() and p.dim() > 1 and CHILD not in n.split(".")
+        ]
         keys = [p for n, p in weights if n[-2:-1] and n[-2] in (*KEY_NAMES, "qkv")]
         return next(iter([*keys, *(p for _, p in weights)]), None)
 
