@@ -5,9 +5,19 @@ import copy
 
 import pytest
 import torch
-from tiny_decoders import DECODERS, VOCABULARY, build, concatenate, leaves, logits, sentences
-from tiny_models import assert_as_good, assert_close, checkpointing, same, untouched
-from transformers import StaticCache
+from tiny_decoders import DECODER, DECODERS, VOCABULARY, build, concatenate, leaves, logits, sentences
+from tiny_models import assert_as_good, assert_close, checkpointing, randomised, same, untouched
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    StaticCache,
+)
 
 import fastprompt
 from fastprompt import PrefixKV
@@ -56,6 +66,30 @@ def test_a_prefix_is_keys_in_front(name, padding):
     with torch.no_grad():
         assert (got["logits"] - logits(build(name, torch.float64), batch)).abs().max() > 0.1
     assert all(got[f"gradient {i}"].abs().max() > 1e-3 for i in range(len(prefixes)))
+
+
+OTHERS = {
+    "Gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**DECODER, head_dim=8, sliding_window=3)),
+    "GPT-2": (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=60, attn_pdrop=0.0)),
+    "Mistral": (MistralForCausalLM, MistralConfig(**DECODER, sliding_window=4)),
+    "Phi3": (Phi3ForCausalLM, Phi3Config(**DECODER)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_decoders_nobody_wrote_code_for(name):
+    """Found by what their modules do; float32, since each has norms of its own."""
+    kind, config = OTHERS[name]
+    model, other = randomised(kind(config)), randomised(kind(config))
+    batch = sentences("left")
+    with untouched(model):
+        handle = fastprompt.attach(model, PrefixKV(LENGTH, init="ptuning"))
+        prefixes = leaves(handle)
+        got, tokens = step(model, handle.parameters(), batch), generate(model, batch, do_sample=False)
+        handle.detach()
+    concatenate(other, "text", {i: lambda pair=pair: pair for i, pair in prefixes.items()})
+    assert_close(got, step(other, [p for pair in prefixes.values() for p in pair], batch))
+    assert torch.equal(tokens, generate(other, batch, do_sample=False, use_cache=False))
 
 
 def test_padding_rows_see_the_prefix_alone_and_nothing_is_nan():

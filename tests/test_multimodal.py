@@ -129,6 +129,20 @@ def test_visual_prompts_are_inserted_tokens(name, depth):
     assert_close(step(model, handle.parameters(), batch), step(other, inserted.parameters(), batch))
 
 
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
+def test_padding_of_images_is_hidden_and_prompts_are_not(name):
+    model = build(name, torch.float64)
+    batch = image_inputs(name, model)
+    mask = torch.ones(2, 1, 16, 16, dtype=torch.long)
+    mask[1, :, 8:] = 0
+    whole = logits(model, batch).detach()
+    handles = attach(model, "vision")
+    got = step(model, handles[0].parameters(), {**batch, "pixel_attention_mask": mask})
+    other, parameters = published(name, *handles)
+    assert_close(got, step(other, parameters, {**batch, "pixel_attention_mask": mask}))
+    assert (got["logits"] - whole).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_generation_is_that_of_the_published_form(name):
     model = build(name, torch.float64)
@@ -266,6 +280,7 @@ def test_handles_of_a_part_and_of_the_whole():
         with untouched(model):
             part = fastprompt.attach(model.model.language_model, TEXT)
             handles = [part, *attach(model, "vision")]
+            assert model.config.text_config is model.model.language_model.config
             assert not same({"": logits(model, batch)}, {"": plain})
             handles[first].detach()
             logits(model, batch)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe `PrefixKV`: what it learns, how it starts, saving, baking, and vision and text encoders."""
 
+import io
 import json
 
 import pytest
@@ -189,6 +190,41 @@ def test_detached_while_the_optimizer_holds_gradients():
     assert not torch.equal(model.model.norm.weight, before)
     handle.detach()
     assert torch.equal(model.model.norm.weight, before)
+
+
+@pytest.mark.parametrize("reparam", [None, "mlp"])
+def test_an_attached_model_pickles_in_the_middle_of_a_step(reparam):
+    model = build("Llama")
+    attach(model, reparam)
+    want = logits(model, sentences())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(logits(torch.load(file, weights_only=False), sentences()), want)
+
+
+@pytest.mark.parametrize("change", ["a step of an optimizer", "a new state", "another dtype"])
+def test_keys_of_the_mlp_follow_its_parameters(change):
+    model = build("Llama")
+    handle = attach(model, "mlp")
+    with torch.no_grad():
+        logits(model, sentences())
+    if change == "a step of an optimizer":
+        logits(model, sentences()).sum().backward()
+        torch.optim.SGD(handle.parameters(), lr=0.1).step()
+    elif change == "a new state":
+        model.load_state_dict({n: x + 0.1 * ("fastprompt" in n) for n, x in model.state_dict().items()})
+    else:
+        model.double()
+    encoder = model.model.layers[0].self_attn.fastprompt.encoder
+    with torch.no_grad():
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                key, value = model.model.layers[2].self_attn.fastprompt.key_value()
+                assert_close(
+                    {"key": key, "value": value}, dict(zip(("key", "value"), by_hand(encoder, 2), strict=True))
+                )
+    logits(model, sentences()).sum().backward()
 
 
 # Encoders

@@ -15,8 +15,6 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig
 
-from fastprompt.hf.attention import CHILD
-
 
 @dataclass
 class _Hold:
@@ -77,7 +75,6 @@ class OwnConfigs:
     """One handle's hold on the configs of a model: the model's own copies, so that no other model is affected."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
         self._modules: list[nn.Module] = []
         self._switched: list[tuple[PreTrainedConfig, str]] = []
         configs = [(m, vars(m).get("config")) for m in model.modules()]
@@ -98,11 +95,9 @@ class OwnConfigs:
                 config._attn_implementation = implementation
 
     def release(self) -> None:
-        """Put the configs back, or at least the attention where no other handle's prompts are."""
-        needed = {id(vars(m).get("config")) for m in self.model.modules() if CHILD in m._modules}
+        """Put the configs back, or at least the tower's attention where another handle still holds the model."""
         for config, implementation in self._switched:
-            if id(config) not in needed:
-                config._attn_implementation = implementation
+            config._attn_implementation = implementation
         for module in self._modules:
             hold = _release(module)
             if hold is not None:

@@ -27,7 +27,8 @@ class PrefixKV:
 
     One softmax over ``[K_p; K]`` for decoders and encoders, text and vision. Learned keys are never rotated, no
     position is shifted and no mask widened; every token sees every prompt, under a causal mask, padding or a sliding
-    window. They need no projection of the model, so that a quantised base is as good as any.
+    window. They need no projection of the model, so that it may be quantised in any way; to learn, its layers must pass
+    gradients on (int8 weights do; PyTorch's dynamic int8 does not, and serves inference alone).
 
     Args:
         length: Prompts a layer, P >= 1.
