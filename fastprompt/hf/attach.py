@@ -187,7 +187,9 @@ class Handle:
             raise AttachError("handle: already detached; attach again, or load a saved prompt with fastprompt.load")
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable tensors by stable names: ``layers.{i}.prompt``, what else a recipe learns, then ``base.{name}``."""
+        """Trainable tensors by stable names: ``layers.{i}.prompt`` (or ``key``, ``value``), what layers share, then
+        ``base.{name}``.
+        """
         found = [(i, n, p) for i in sorted(self._prompts) for n, p in self._prompts[i].named_parameters()]
         for index, name, parameter in sorted(found, key=lambda entry: "." in entry[1]):
             yield f"layers.{index}.{name}", parameter
@@ -195,7 +197,9 @@ class Handle:
             yield f"base.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable leaf tensors: prompts in layer order (VPT: one ``[P,C]`` a layer), then those of ``train``."""
+        """Trainable leaf tensors: prompts in layer order (VPT: one ``[P,C]`` a layer; PrefixKV: keys and values
+        ``[Hkv,P,D]``), then what layers share, then those of ``train``.
+        """
         for _, parameter in self.named_parameters():
             yield parameter
 
@@ -212,7 +216,10 @@ class Handle:
         save(self, Path(directory))
 
     def bake(self) -> Handle:
-        """Freeze the prompts and keep their keys and values, for inference; returns the handle."""
+        """Freeze the prompts and keep their keys and values, for inference; returns the handle.
+
+        A reparameterised prefix becomes plain keys and values, in ``config`` too, and is saved as such.
+        """
         self._check_attached()
         for prompt in self._prompts.values():
             prompt.bake()

@@ -227,7 +227,7 @@ def _device(module: nn.Module) -> torch.device:
 
 def _sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str, Tensor]:
     """The smallest input that runs the tower: one image of the config's size, or eight tokens if none are given."""
-    config, weight = tower.module.config, next(tower.module.parameters())
+    config, weight = tower.module.config, next(p for p in tower.module.parameters() if p.is_floating_point())
     if tower.kind == "text":
         ids = tuple(tokens or range(1, 9))
         limit = getattr(config, "vocab_size", None)

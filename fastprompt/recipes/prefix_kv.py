@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprompt.nn.prefix import EncodedPrefix, Prefix, PrefixEncoder
 from fastprompt.recipes.layers import checked_layers, choose_layers, is_count
@@ -35,9 +35,10 @@ class PrefixKV:
         reparam: None learns ``K_p, V_p [Hkv,P,D]`` of every layer (P-Tuning v2). ``"mlp"`` learns a prompt ``[P,C]`` (C
             the model's width) and the network ``W_2 tanh(W_1 p)`` that gives the keys and values of all layers (prefix
             tuning), run once a step; ``handle.bake()`` folds it into plain keys and values.
-        init: For ``reparam=None``: ``"normal"``: N(0, 0.02²), close to a prompt that changes nothing; ``"ptuning"``:
-            N(0, 1) as in P-Tuning v2; or P token ids: the keys and values that the frozen text tower itself computes of
-            them (keys rotated to positions 0 to P-1), the paper's start from real words. ``"mlp"`` starts as published.
+        init: For ``reparam=None``: ``"normal"``: N(0, 0.02²), as CLIP prompts start; ``"ptuning"``: N(0, 1) as in
+            P-Tuning v2; or P token ids: the keys and values that the frozen text tower itself computes of them (keys
+            rotated to positions 0 to P-1), the start from real words of prefix tuning. ``"mlp"`` starts as published:
+            prompt N(0, 1), linear layers as PyTorch makes them.
         layers: Layer numbers from 0 (negative counts from the end) that get prompts; None is every layer.
         hidden: Width between the two layers of ``"mlp"`` (the paper's default is 512).
 
@@ -95,18 +96,21 @@ class PrefixKV:
     def build(self, sites: list[Site]) -> dict[int, nn.Module]:
         """One prompt module for every chosen layer."""
         chosen = choose_layers(self.layers, len(sites))
-        device = next(sites[0].layer.parameters()).device
-        dtype = torch.promote_types(sites[0].dtype, torch.float32)
-        if self.reparam == "mlp":
-            shapes = [(sites[i].heads, sites[i].head_dim) for i in chosen]
-            encoder = PrefixEncoder(self.length, sites[0].width, self.hidden, shapes).to(device, dtype)
-            return {i: EncodedPrefix(encoder, n, sites[i], owner=n == 0) for n, i in enumerate(chosen)}
-        return {i: Prefix(*(x.to(device, dtype) for x in self._start(sites[i]))) for i in chosen}
+        if self.reparam is None:
+            return {i: Prefix(*(x.to(*_place(sites[i])) for x in self._start(sites[i]))) for i in chosen}
+        shapes = [(sites[i].heads, sites[i].head_dim) for i in chosen]
+        encoder = PrefixEncoder(self.length, sites[0].width, self.hidden, shapes).to(*_place(sites[0]))
+        return {i: EncodedPrefix(encoder, n, sites[i], owner=n == 0) for n, i in enumerate(chosen)}
 
-    def _start(self, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+    def _start(self, site: Site) -> tuple[Tensor, Tensor]:
         if isinstance(self.init, str):
-            key, value = INITS[self.init] * torch.randn(2, site.heads, self.length, site.head_dim)
-            return key, value
+            shape, std = (site.heads, self.length, site.head_dim), INITS[self.init]
+            return std * torch.randn(shape), std * torch.randn(shape)
         if site.recorded is None:
             raise RuntimeError("recorded: nothing; find_sites records when it is given tokens")
         return site.recorded
+
+
+def _place(site: Site) -> tuple[torch.device, torch.dtype]:
+    """The layer's device, and float32 or, for a float64 model, float64."""
+    return next(site.layer.parameters()).device, torch.promote_types(site.dtype, torch.float32)
