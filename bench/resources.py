@@ -2,9 +2,9 @@
 """What every Triton kernel takes of a GPU, compiled without one: ``python -m bench.resources``.
 
 Each kernel is compiled exactly as its launcher would launch it (same arguments, constants and configuration), for
-targets that need not be present. Registers, stack (spilled registers) and static shared memory come from the cubin, read
-by the cuobjdump that Triton carries; dynamic shared memory from Triton. AMD targets are compiled only: nothing here
-reads their binaries.
+targets that need not be present. Registers, stack (spilled registers) and static shared memory come from the cubin,
+read by the cuobjdump that Triton carries; dynamic shared memory from Triton. AMD targets are compiled only: nothing
+here reads their binaries.
 """
 
 from __future__ import annotations
@@ -65,23 +65,42 @@ class Usage(NamedTuple):
     warps: int
 
 
+class Variant(NamedTuple):
+    """What changes the code of a kernel, beside dtype and head size."""
+
+    is_causal: bool = False
+    mask: torch.dtype | None = None
+    groups: int = 1
+    bank: int = 1
+    prompts: torch.dtype | None = None
+    packed: bool = False
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "masked": Variant(is_causal=True, mask=torch.uint8),
+    "packed": Variant(is_causal=True, packed=True),
+    "bank": Variant(mask=torch.float32, groups=4, bank=8, prompts=torch.float32),
+}
+
+
 def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     """Every launch of forward and backward on ViT-B/16 shapes, as the launchers plan them; no data is needed."""
+    v = VARIANTS[variant]
     batch, heads, tokens, prompts = 64, 12, 197, 50
-    packed = variant == "packed"
-    rows = (1, tokens * batch) if packed else (batch, tokens)
+    rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
-    def tensor(b: int, t: int) -> Tensor:
-        return torch.empty(b, t, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+    def tensor(b: int, t: int, h: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(b, t, h, dim, dtype=kind, device="meta").transpose(1, 2)
 
-    query, key, value, out, grad_out = (tensor(*rows) for _ in range(5))
-    prompt_key, prompt_value = (torch.empty(1, heads, prompts, dim, dtype=dtype, device="meta") for _ in range(2))
-    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta") if packed else None
-    masked = variant == "masked"
-    mask = torch.empty(batch, 1, 1, tokens, dtype=torch.uint8, device="meta").expand(-1, heads, tokens, -1)
+    query, out, grad_out = (tensor(*rows, heads) for _ in range(3))
+    key, value = (tensor(*rows, heads // v.groups) for _ in range(2))
+    bank = [tensor(v.bank, prompts, heads // v.groups, v.prompts or dtype).contiguous() for _ in range(2)]
+    index = torch.zeros(batch, dtype=torch.int64, device="meta") if v.bank > 1 else None
+    mask = None if v.mask is None else torch.empty(batch, 1, tokens, tokens, dtype=v.mask, device="meta")
     problem = Problem(
-        query, key, value, prompt_key, prompt_value, None, mask if masked else None, variant != "plain", dim**-0.5,
-        cu_seqlens, tokens if packed else 0,
+        query, key, value, *bank, index, None if mask is None else mask.expand(-1, heads, -1, -1), v.is_causal,
+        dim**-0.5, torch.empty(batch + 1, dtype=torch.int32, device="meta") if v.packed else None, tokens,
     )  # fmt: skip
     lse = torch.empty(query.shape[:3], device="meta")
     grads = allocate(problem, [True] * 5)
@@ -177,7 +196,10 @@ def faults(job: Job, usage: Usage) -> list[str]:
 def table(rows: list[tuple[Job, Usage]]) -> str:
     """Markdown: one line a kernel, dtype and head size; registers/stack/shared KiB of every target."""
     targets = list(dict.fromkeys(job.target for job, _ in rows))
-    lines = ["| kernel | variant | dtype | D | warps | " + " | ".join(targets) + " |", "|---" * (5 + len(targets)) + "|"]
+    lines = [
+        "| kernel | variant | dtype | D | warps | " + " | ".join(targets) + " |",
+        "|---" * (5 + len(targets)) + "|",
+    ]
     grouped: dict[tuple, dict[str, Usage]] = {}
     for job, usage in rows:
         grouped.setdefault((job.kernel, job.variant, job.dtype, job.dim), {})[job.target] = usage
@@ -188,14 +210,16 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
             stack = "" if not u.stack else f" **stack {u.stack}**"
             cells.append("compiles" if u.registers is None else f"{u.registers} / {u.shared / 1024:.0f}{stack}")
         name = kernel.removesuffix("_kernel")
-        lines.append(f"| {name} | {variant} | {dtype} | {dim} | {usages[targets[0]].warps} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {name} | {variant} | {dtype} | {dim} | {usages[targets[0]].warps} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=["plain", "masked", "packed"])
+    parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS, help="[%(default)s]")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
@@ -207,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     same = distinct(todo)
     unique = list(dict.fromkeys(same.values()))
     with ProcessPoolExecutor(args.workers) as pool:
-        usages = dict(zip(unique, tqdm(pool.map(compile_job, unique), "compile", len(unique), leave=False), strict=True))
+        usages = dict(
+            zip(unique, tqdm(pool.map(compile_job, unique), "compile", len(unique), leave=False), strict=True)
+        )
     rows = [(job, usages[same[job]]) for job in todo]
     if args.json:
         args.json.write_text("".join(json.dumps({**j._asdict(), **u._asdict()}) + "\n" for j, u in rows))

@@ -11,6 +11,8 @@ IMPLS = ("auto", "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = DTYPES[2:]
 ALL = (True,) * 5
+#: Where Triton kernels run: on the GPU, or interpreted.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS_ONLY = (False, False, False, True, True)
 
 LAYOUTS = {
@@ -45,12 +47,28 @@ def leaves(inputs, needs=ALL):
 
 def run(inputs, grad_out, grad_lse=None, needs=ALL, **kwargs):
     """`prompt_attention` and the gradients asked for (None elsewhere)."""
-    inputs = leaves(inputs, needs)
+    device = TRITON_DEVICE if kwargs.get("impl") == "triton" else "cpu"
+    inputs, grad_out, grad_lse, kwargs = to_device((leaves(inputs, needs), grad_out, grad_lse, kwargs), device)
     out, lse = prompt_attention(*inputs, return_lse=True, **kwargs)
     pairs = [(x, g) for x, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
-    return Attention(out.detach(), lse.detach(), tuple(next(found) if need else None for need in needs))
+    actual = Attention(out.detach(), lse.detach(), tuple(next(found) if need else None for need in needs))
+    return to_device(actual, "cpu")
+
+
+def to_device(x, device):
+    """Move every tensor inside, keeping strides (`Tensor.to` makes a strided view dense) and which ones are leaves."""
+    if isinstance(x, dict):
+        return {name: to_device(v, device) for name, v in x.items()}
+    if isinstance(x, tuple | list):
+        moved = [to_device(v, device) for v in x]
+        return type(x)(*moved) if isinstance(x, Attention) else type(x)(moved)
+    if not isinstance(x, torch.Tensor) or x.device.type == device:
+        return x
+    dense = x.detach()[tuple(slice(0, 1 if stride == 0 else None) for stride in x.stride())]
+    moved = torch.empty_strided(dense.shape, dense.stride(), dtype=x.dtype, device=device).copy_(dense)
+    return moved.expand_as(x).requires_grad_(x.requires_grad)
 
 
 def check(inputs, grad_out=None, grad_lse=None, needs=ALL, impl="auto", **kwargs):
@@ -68,3 +86,17 @@ def check(inputs, grad_out=None, grad_lse=None, needs=ALL, impl="auto", **kwargs
     for name, x, grad in zip(NAMES, inputs, actual.grads, strict=True):
         assert grad is None or grad.dtype == x.dtype, name
     return actual
+
+
+def compiled_equals_eager(function, inputs, keywords=None, **options):
+    """Outputs and gradients of ``function`` in one graph are those of eager mode."""
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+    for x, kwargs in zip(inputs, keywords or [{}] * len(inputs), strict=True):
+        eager, graph = function(*x, **kwargs), compiled(*x, **kwargs)
+        torch.testing.assert_close(graph, eager)
+        wanted = [t for t in x if t.requires_grad]
+        torch.testing.assert_close(
+            torch.autograd.grad([t.float().sum() for t in graph], wanted),
+            torch.autograd.grad([t.float().sum() for t in eager], wanted),
+        )

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test gets: a seed, poisoned uninitialised memory, and GPU tests skipped where there is no GPU."""
 
+import os
 import random
 import sys
 
 import pytest
 import torch
+
+# Without a GPU, Triton kernels are interpreted; Triton decides that when they are decorated, so before any import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Tests are small: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)

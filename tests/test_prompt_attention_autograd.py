@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from attention_cases import ALL, DTYPES, IMPLS, PROMPTS_ONLY, check, grads_of, leaves, make, run
+from attention_cases import ALL, DTYPES, IMPLS, PROMPTS_ONLY, check, compiled_equals_eager, grads_of, leaves, make, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastprompt.ops import prompt_attention
@@ -172,20 +172,6 @@ def test_opcheck(case, dtype):
     inputs = inputs if inputs[3].dim() == 4 else [*inputs[:3], *(p[None] for p in inputs[3:])]
     arguments = {"prompt_index": None, "attn_mask": None, "is_causal": False, "scale": 0.25} | kwargs
     torch.library.opcheck(torch.ops.fastprompt.prompt_attention.default, (*leaves(inputs), *arguments.values(), "cpu"))
-
-
-def compiled_equals_eager(function, inputs, keywords=None, **options):
-    """Outputs and gradients of ``function`` in one graph are those of eager mode."""
-    torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", **options)
-    for x, kwargs in zip(inputs, keywords or [{}] * len(inputs), strict=True):
-        eager, graph = function(*x, **kwargs), compiled(*x, **kwargs)
-        torch.testing.assert_close(graph, eager)
-        wanted = [t for t in x if t.requires_grad]
-        torch.testing.assert_close(
-            torch.autograd.grad([t.float().sum() for t in graph], wanted),
-            torch.autograd.grad([t.float().sum() for t in eager], wanted),
-        )
 
 
 @each_case

@@ -145,17 +145,21 @@ def test_unknown_impl():
 @pytest.mark.parametrize("impl", ["triton", "cpp"])
 @pytest.mark.parametrize("by_environment", [False, True], ids=["argument", "environment"])
 def test_an_explicit_impl_never_falls_back(impl, by_environment, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = {"triton": "the tensors are on the CPU", "cpp": "no cpp kernel for prompt_attention"}[impl]
     if by_environment:
         monkeypatch.setattr(config, "IMPL", impl)
     message = message_of(fastprompt.ImplUnavailableError, impl="auto" if by_environment else impl)
-    assert message.startswith(f"impl='{impl}' cannot run prompt_attention here: no {impl} kernel for prompt_attention")
+    assert message.startswith(f"impl='{impl}' cannot run prompt_attention here: {reason}")
 
 
-def test_explain_tells_the_choice_and_every_reason():
+def test_explain_tells_the_choice_and_every_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     choice = fastprompt.explain(prompt_attention, **arguments())
     assert (choice.op, choice.impl) == ("prompt_attention", "cpu")
     assert choice.refused == {
-        impl: [f"no {impl} kernel for prompt_attention in this build"] for impl in ("triton", "cpp")
+        "triton": ["the tensors are on the CPU (set TRITON_INTERPRET=1 before Python starts to interpret there)"],
+        "cpp": ["no cpp kernel for prompt_attention in this build"],
     }
     meta = {name: x.to("meta") for name, x in arguments().items()}
     choice = fastprompt.explain(prompt_attention, **meta, return_lse=True, is_causal=True)

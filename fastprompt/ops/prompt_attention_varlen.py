@@ -119,14 +119,14 @@ def _prepare(
     query, key, value, prompt_key, prompt_value, cu_seqlens, prompt_index, max_seqlen, is_causal, scale
 ):  # fmt: skip
     """Check everything, apply autocast, give prompts their bank axis and ``max_seqlen`` a value."""
-    if cu_seqlens is None:
-        raise TypeError("cu_seqlens: got None, expected a torch.Tensor")
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: got {type(cu_seqlens).__name__}, expected a torch.Tensor")
     tensors = check_attention(
         query, key, value, prompt_key, prompt_value, "[T,H,D]", cu_seqlens=cu_seqlens, prompt_index=prompt_index
     )
     rows, _, dim = query.shape
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 of shape [S+1]; use .int()")
+        raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, expected torch.int32; use .int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(
             f"cu_seqlens: got shape {list(cu_seqlens.shape)}, expected [S+1]: where each of S sequences begins, "
@@ -155,7 +155,7 @@ def _check_sequences(cu_seqlens: Tensor, rows: int) -> None:
     start, end = cu_seqlens[s : s + 2].tolist()
     if start > end:
         raise ValueError(f"cu_seqlens: got {start} before {end} at [{s}], expected increasing values")
-    raise ValueError(f"cu_seqlens: got sequence {s} empty (rows {start} to {end}), expected one row at least; drop it")
+    raise ValueError(f"cu_seqlens: got sequence {s} empty (rows {start} to {end}), expected at least one row; drop it")
 
 
 def _longest(cu_seqlens: Tensor, max_seqlen: int | None, rows: int, sequences: int) -> int:
@@ -165,13 +165,14 @@ def _longest(cu_seqlens: Tensor, max_seqlen: int | None, rows: int, sequences: i
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"max_seqlen: got {type(max_seqlen).__name__}, expected an int or None")
     if readable(cu_seqlens) and sequences:
-        least = int(cu_seqlens.diff().max())
-        if max_seqlen < least:
-            raise ValueError(
-                f"max_seqlen: got {max_seqlen}, expected at least {least}, the rows of the longest sequence"
-            )
+        longest = int(cu_seqlens.diff().max())
+        if max_seqlen < longest:
+            raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least {longest} (the longest sequence)")
     elif max_seqlen * sequences < rows:
-        raise ValueError(f"max_seqlen: got {max_seqlen}, expected more: {sequences} sequences hold {rows} rows")
+        least = -(-rows // max(sequences, 1))
+        raise ValueError(
+            f"max_seqlen: got {max_seqlen}, expected at least {least}, since {sequences} sequences hold {rows} rows"
+        )
     return max_seqlen
 
 

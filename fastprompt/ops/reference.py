@@ -93,6 +93,7 @@ def prompt_attention_varlen(
     padded = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=query.device)
     mask = padded < cu_seqlens[1:, None]
     padded = padded.clamp(max=last)
-    batch = (x[padded].transpose(1, 2) for x in (query, key, value))
-    out, lse = prompt_attention(*batch, prompt_key, prompt_value, prompt_index, mask[:, None, None], is_causal, scale)
+    mask = mask[:, None, None]
+    query, key, value = (x[padded].transpose(1, 2) for x in (query, key, value))
+    out, lse = prompt_attention(query, key, value, prompt_key, prompt_value, prompt_index, mask, is_causal, scale)
     return out[sequence, :, offset], lse[sequence, :, offset]

@@ -33,8 +33,8 @@ PINNED = Config(rows=32, keys=32, warps=4, stages=1)
 TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("forward", 2): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
     ("query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    ("key_value", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
-    ("prompt", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    ("key_value", 2): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    ("prompt", 2): {64: Config(32, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
     ("forward", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     ("query", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     ("key_value", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
@@ -80,7 +80,8 @@ def choose(kernel: str, itemsize: int, padded_dim: int, rows: int, keys: int, ma
     if masked:
         config = config._replace(rows=max(16, config.rows // 2))
         if padded_dim > 64:
-            config = config._replace(keys=max(16, config.keys // 2))
+            keys = config.keys // 2 if kernel == "forward" else config.keys
+            config = config._replace(keys=max(16, keys), stages=1 if kernel == "key_value" else config.stages)
     return fit(config, rows, keys)
 
 

@@ -8,7 +8,19 @@ dK = scale dS^T Q, dV = P^T dO; the same for prompt and instance keys. No kernel
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, SIZES, extent, load_prompt, load_rows, load_tile, mask_scores, matmul_input, safe_lse, split, store_tile
+from .tiles import (
+    LOG2E,
+    SIZES,
+    extent,
+    load_prompt,
+    load_rows,
+    load_tile,
+    mask_scores,
+    matmul_input,
+    safe_lse,
+    split,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -16,7 +28,7 @@ def delta_kernel(
     out, grad_out, grad_lse, cu_seqlens, delta, so, sdo, sdl, sl, heads, tiles, tq,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(grad_out * out) - grad_lse, float32."""
+    """Row numbers: delta = rowsum(grad_out * out) - grad_lse, float32."""
     tile, head, b = split(tl.program_id(0), tiles, heads)
     first, tq = extent(cu_seqlens, b, tq)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -36,7 +48,7 @@ def query_kernel(
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_M rows of one head: the key loop of the forward again, with the weights from the saved lse."""
+    """The gradient dQ of BLOCK_M rows of one head: the forward's key loop again, with weights from the saved lse."""
     tile, head, b = split(tl.program_id(0), tiles, heads)
     first, tq = extent(cu_seqlens, b, tq)
     if cu_seqlens is not None:
@@ -111,7 +123,7 @@ def key_value_kernel(
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N instance keys of one key head: loops over its query heads and their row tiles."""
+    """Gradients dK and dV of BLOCK_N instance keys of one key head: loops over its query heads and their row tiles."""
     tile, kv, b = split(tl.program_id(0), tiles, heads_kv)
     first, tk = extent(cu_seqlens, b, tk)
     if cu_seqlens is not None:
@@ -209,6 +221,7 @@ def prompt_kernel(
             level = safe_lse(load_rows(lse, state, live, 1, float("-inf")))[None, :]
             base = load_rows(delta, state, live, 1, 0.0)[None, :] if NEED_K else 0.0
             scores = tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2E)
+            # Keys past the end get weights too, but rows of keys do not mix here, and theirs are not stored.
             dk, dv = accumulate(dk, dv, q, do, k, v, scores, level, base, NEED_K, NEED_V)
     # Workspace [splits, G, Hkv, P, D].
     slot = ((part.to(tl.int64) * bank + g) * heads_kv + kv) * prompts * D

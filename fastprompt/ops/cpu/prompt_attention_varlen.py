@@ -106,7 +106,11 @@ def forward(
 
 def _attend(batch: Batch, query: Tensor, keys: Tensor, values: Tensor, is_causal: bool, scale: float):
     """Output and lse of the rows of ``batch`` over ``keys [n,Hq,M,D]``."""
-    return _flash(batch.take(query), keys, values, 0.0, is_causal, scale=scale)
+    rows = batch.take(query)
+    if not scale:
+        # PyTorch's causal flash kernel would scale its -inf.
+        rows, scale = torch.zeros_like(rows), 1.0
+    return _flash(rows, keys, values, 0.0, is_causal, scale=scale)
 
 
 def backward(
@@ -179,16 +183,16 @@ class _Rows(NamedTuple):
     def backward(self, batch: Batch, keys: Tensor, values: Tensor, is_causal: bool, scale: float, needs: list[bool]):
         """dQ, dK, dV (None where not needed), each ``[n,Hq,...]``, of the rows of ``batch`` over its keys."""
         q, do = batch.take(self.query), batch.take(self.grad_out)
-        if keys.dtype.itemsize >= 4 and keys.dtype == q.dtype and not self.through_lse:
+        if keys.dtype == q.dtype == self.lse.dtype and scale and not self.through_lse:
             out, lse = batch.take(self.out), batch.take(self.lse).contiguous()
             return _flash_backward(do, q, keys, values, out, lse, 0.0, is_causal, scale=scale)
         lse, delta = (batch.take(x).unsqueeze(-1) for x in (self.lse, self.delta))
-        folded = (x.flatten(0, 1) for x in (q.to(keys.dtype), do.to(keys.dtype), lse, delta, keys, values))
-        found = _products(*folded, is_causal, scale, needs)
+        folded = [x.flatten(0, 1) for x in (q.to(keys.dtype), do.to(keys.dtype), lse, delta, keys, values)]
+        found = _products(*folded, is_causal=is_causal, scale=scale, needs=needs)
         return [None if x is None else x.unflatten(0, q.shape[:2]) for x in found]
 
 
-def _products(q, do, lse, delta, keys, values, is_causal: bool, scale: float, needs: list[bool]):
+def _products(q, do, lse, delta, keys, values, *, is_causal: bool, scale: float, needs: list[bool]):
     """The gradients as batched matrix products, a tile of scores at a time: ``P = exp(scale q k - lse)`` in float32."""
     (batch, rows, _), columns = q.shape, keys.shape[1]
     wide = lse.dtype

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compile gate: kernels compile for GPUs that are not here, without spills and within their shared memory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.resources import SHARED_LIMIT, VARIANTS, Job, Usage, faults, table
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("cuda:80", "cuda:90", "cuda:100")
+
+
+def gate(tmp_path, *arguments):
+    """Rows of `bench.resources`, run in a process of its own: here Triton may be interpreting."""
+    file = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "bench.resources", "--json", str(file), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.timeout(900)
+def test_half_precision_does_not_spill(tmp_path):
+    rows = gate(tmp_path, "--variants", *VARIANTS, "--dtypes", "bf16", "--dims", "64", "128", "--targets", *TARGETS)
+    found = {(row["kernel"], row["dim"], row["target"]) for row in rows}
+    source = "".join(path.read_text() for path in (ROOT / "kernels" / "triton").glob("*.py"))
+    kernels = set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
+    assert found == {(kernel, dim, target) for kernel in kernels for dim in (64, 128) for target in TARGETS}
+    for row in rows:
+        assert row["stack"] == 0, row
+        assert 0 < row["registers"] <= 255 and row["shared"] <= SHARED_LIMIT[int(row["target"][5:])], row
+
+
+def test_what_the_gate_forbids():
+    job = Job("plain", "forward_kernel", "bf16", 64, "cuda:80")
+    fine = Usage(128, 0, 1000, 4)
+    assert faults(job, fine) == []
+    assert "spilled" in faults(job, fine._replace(stack=8))[0]
+    assert "shared memory" in faults(job, fine._replace(shared=SHARED_LIMIT[80] + 1))[0]
+    # Other cases report what they spill.
+    assert faults(job._replace(dtype="fp32"), fine._replace(stack=8)) == []
+    assert faults(job._replace(dim=256), fine._replace(stack=8)) == []
+    assert "**stack 8**" in table([(job, fine._replace(stack=8))])
