@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu-test lint results clean
+.PHONY: demo test gpu-test lint results bench clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -44,11 +44,28 @@ results: $(VENV)/.dev
 	$(BIN)/fastprompt demo --full --out runs/full
 	cp runs/full/results.jsonl bench/results/demo-textile.jsonl
 	cp runs/full/results.png bench/results/demo-textile.png
-	rm -f bench/results/vpt_step-cpu.jsonl bench/results/prompt_attention-cpu.jsonl
-	$(BIN)/python -m bench.run vpt_step --json bench/results/vpt_step-cpu.jsonl
-	for dtype in bfloat16 float32; do for prompts in 10 100; do \
-	  $(BIN)/python -m bench.run prompt_attention --rounds 15 --set dtype=$$dtype prompts=$$prompts \
-	    --json bench/results/prompt_attention-cpu.jsonl || exit 1; done; done
+	rm -f bench/results/*-$(DEVICE).jsonl
+	$(MAKE) bench
+
+# Every case on DEVICE (cpu or cuda); what its results files hold already is not measured again.
+DEVICE ?= cpu
+ROUNDS ?= 15
+MODES  := mode=forward,forward+backward
+DTYPES := dtype=bfloat16,float32
+ifeq ($(DEVICE),cuda)
+DTYPES := $(DTYPES),float16
+endif
+BENCH   = $(BIN)/python -m bench.run --device $(DEVICE) --resume --json bench/results/$(1)-$(DEVICE).jsonl $(1)
+
+bench: $(VENV)/.dev
+	$(call BENCH,vpt_step)
+	$(call BENCH,prefix_step) --set checkpointing=0,1
+	$(call BENCH,prompt_attention) --rounds $(ROUNDS) --set prompts=10,50,100,200 $(DTYPES) $(MODES)
+	$(call BENCH,prompt_attention_varlen) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
+ifeq ($(DEVICE),cpu)
+	$(call BENCH,cpu_candidates) --rounds $(ROUNDS) --set prompts=10,100 $(DTYPES)
+endif
+	$(BIN)/python -m bench.roofline --device $(DEVICE) --json bench/results/ceilings-$(DEVICE).jsonl
 	$(BIN)/python -m bench.report
 
 clean:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a case is: named ways (providers) to do the same work, checked against each other before anything is timed."""
+"""What a case is: named ways (providers) to do the same work, checked against a reference before anything is timed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,96 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 
-@dataclass
+#: Does the work once and returns its results: the output, then the gradients.
+Step = Callable[[], list[Tensor]]
+
+
+class CannotRun(Exception):
+    """A provider cannot run here; the message says why and becomes its row."""
+
+
+class IsWrong(Exception):
+    """A provider computes something else; its row says how far off, and the run fails."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least there is to do.
+
+    Args:
+        flops: Floating-point operations of the matrix products.
+        bytes: Each input read once a pass and each result written once.
+    """
+
+    flops: int
+    bytes: int
+
+
+def attention_work(queries: int, keys: int, pairs: int, dim: int, itemsize: int, backward: bool) -> Work:
+    """Of attention over ``queries`` and ``keys`` rows of all heads and samples, ``pairs`` of which see each other."""
+    forward = (2 * queries + 2 * keys) * dim * itemsize + 4 * queries  # q, k, v, out; lse in float32
+    again = (4 * queries + 4 * keys) * dim * itemsize + 4 * queries  # and grad, dq, dk, dv
+    return Work((14 if backward else 4) * pairs * dim, forward + (again if backward else 0))
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work of a case.
+
+    Args:
+        build: Builds its state and returns the step that is timed; may raise `CannotRun`.
+        check: Returns what is compared with the case's reference; None is not compared (it does other work).
+        why_not: Why it cannot run here, if that is known beforehand.
+        work: Counted operations and bytes; None where nobody counts them.
+    """
+
+    build: Callable[[], Step]
+    check: Callable[[], list[Tensor]] | None = None
+    why_not: str | None = None
+    work: Work | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """A benchmark case.
 
     Args:
         name: The name of its file.
-        providers: Each builds its state and returns the function that does the work once.
+        providers: In the order of the table.
         baseline: The provider that ratios are against.
-        check: Raises unless the providers compute the same; returns the differences it measured.
+        reference: The results every checked provider must give, in the order of its own.
+        tolerance: Bound on ``|got - want| / |want|`` of each result.
         params: Shapes, dtypes and counts, for the record.
+        device_time: On a GPU, time the device alone (single operations), not the host that feeds it (whole steps).
     """
 
     name: str
-    providers: dict[str, Callable[[], Callable[[], Any]]]
+    providers: dict[str, Provider]
     baseline: str
-    check: Callable[[], dict[str, float]]
+    reference: Callable[[], list[Tensor]]
+    tolerance: float
     params: dict[str, Any] = field(default_factory=dict)
+    device_time: bool = False
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative error of a few roundings to ``dtype``, in float32 also of sums over thousands of rows; TF32 fails it."""
+    return torch.finfo(dtype).eps * (64 if dtype == torch.float32 else 8)
+
+
+def difference(case: Case, name: str, want: list[Tensor]) -> float | None:
+    """The largest relative error of a provider's results; None if it is not compared.
+
+    Raises:
+        IsWrong: it is above the tolerance.
+    """
+    check = case.providers[name].check
+    if check is None:
+        return None
+    worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(check(), want, strict=True))
+    if not worst <= case.tolerance:
+        raise IsWrong(f"off by {worst:.3g}, expected at most {case.tolerance:.3g}")
+    return worst

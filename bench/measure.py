@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing, peak memory, and a description of the machine."""
+"""Interleaved timing, what a provider that cannot run leaves behind, and a description of the machine."""
 
 from __future__ import annotations
 
+import gc
 import platform
+import shutil
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +20,94 @@ import numpy as np
 import torch
 from tqdm import trange
 
+from bench.case import CannotRun, IsWrong
+from fastprompt.errors import ImplUnavailableError
 
-def interleave(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every step in every round; all steps run once a round, in an order that rotates."""
+OOM = "oom"
+WRONG = "wrong"
+FAILED = "failed"
+
+
+def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """``(work(), None)``, or ``(None, why not)`` where it cannot run, is wrong, out of memory or broken."""
+    try:
+        return work(), None
+    except CannotRun as error:
+        why_not = f"not run: {error}"
+    except IsWrong as error:
+        why_not = f"{WRONG}: {error}"
+    except ImplUnavailableError as error:
+        why_not = "not run: " + str(error).split(". Use ")[0]  # the reasons without the advice
+    except (torch.OutOfMemoryError, MemoryError):
+        why_not = OOM
+    except Exception as error:
+        if "DefaultCPUAllocator: can't allocate memory" in str(error):
+            why_not = OOM
+        else:
+            traceback.print_exc()  # the others go on, and the run fails
+            why_not = f"{FAILED}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, why_not
+
+
+def interleave(
+    steps: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[Callable], float], warmup: int = 2
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every step in every round, and why some have none; a round runs all, in an order that rotates."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
+    failed: dict[str, str] = {}
     for r in trange(-warmup, rounds, desc="rounds", leave=False):
         for i in range(len(names)):
             name = names[(i + r) % len(names)]
-            synchronize()
-            start = time.perf_counter()
-            steps[name]()
-            synchronize()
-            if r >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+            if name in failed:
+                continue
+            seconds, why_not = attempt(partial(clock, steps[name]))
+            if why_not:
+                failed[name] = why_not
+            elif r >= 0:
+                times[name].append(seconds)
+    return {name: t for name, t in times.items() if name not in failed}, failed
+
+
+def wall_clock(step: Callable[[], Any]) -> float:
+    """Seconds until the step's results are there, on the host's clock."""
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+class DeviceClock:
+    """Seconds that a GPU works on a step, from events around it.
+
+    The device first naps, so that the host has queued all launches before the first one starts and its overhead does
+    not count, and then overwrites its L2 cache, so that a step does not find what the one before left there.
+    """
+
+    LONGEST_NAP = 1 << 29
+
+    def __init__(self):
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        self.nap = 1 << 23  # cycles, some 4 ms
+
+    def __call__(self, step: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize()
+        torch.cuda._sleep(self.nap)
+        self.flush.zero_()
+        start.record()
+        step()
+        late = start.query()
+        end.record()
+        synchronize()
+        if late and self.nap < self.LONGEST_NAP:  # the device woke before everything was queued
+            self.nap *= 2
+            return self(step)
+        return start.elapsed_time(end) / 1e3
 
 
 def synchronize() -> None:
@@ -39,38 +117,52 @@ def synchronize() -> None:
 
 
 def summary(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """p20/p50/p80 seconds, and the median over rounds of the ratio to ``baseline`` in the same round."""
+    """p20/p50/p80 seconds, and those of the ratio to ``baseline`` in the same round (absent if it could not run)."""
     rows = {}
     for name, values in times.items():
         p20, p50, p80 = np.percentile(values, (20, 50, 80))
-        ratios = np.asarray(values) / np.asarray(times[baseline])
-        r20, r50, r80 = np.percentile(ratios, (20, 50, 80))
-        rows[name] = {
-            "p20_s": float(p20), "p50_s": float(p50), "p80_s": float(p80),
-            "ratio_p20": float(r20), "ratio_p50": float(r50), "ratio_p80": float(r80),
-        }  # fmt: skip
+        rows[name] = {"p20_s": float(p20), "p50_s": float(p50), "p80_s": float(p80)}
+        if baseline in times:
+            r20, r50, r80 = np.percentile(np.asarray(values) / np.asarray(times[baseline]), (20, 50, 80))
+            rows[name] |= {"ratio_p20": float(r20), "ratio_p50": float(r50), "ratio_p80": float(r80)}
     return rows
 
 
 def machine(device: str) -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, check=False)
+    commit = _output("git", "rev-parse", "HEAD")
+    dirty = _output("git", "status", "--porcelain", "--untracked-files=no")
+    hardware: dict[str, Any]
+    if device == "cuda":
+        fields = ("driver_version", "clocks.sm", "clocks.max.sm")
+        found = _output("nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").split(", ")
+        hardware = {
+            "device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **dict(zip(fields, found, strict=False))
+        }  # fmt: skip
+    else:
+        hardware = {
+            "device": _cpu_name(), "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }  # fmt: skip
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        **hardware,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "commit": commit + ("+changes" if dirty.stdout else ""),
+        **{package: _version(package) for package in ("triton", "transformers")},
+        "commit": commit + ("+changes" if dirty else ""),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
 
+
+def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
 from pathlib import Path
 
+from bench.rows import RESULTS, by_params, read
+from bench.run import names
+from bench.tables import ceilings_text, detail, pivot
 from fastprompt.demo import table
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -36,7 +38,7 @@ def vpt_step_block() -> str:
         "| form | s a step | against published | against the floor | peak memory of a step |",
         "|---|---|---|---|---|",
     ]
-    rows = {r["provider"]: r for r in map(json.loads, (RESULTS / "vpt_step-cpu.jsonl").read_text().splitlines())}
+    rows = {r["provider"]: r for r in read(RESULTS / "vpt_step-cpu.jsonl")}
     floor = rows["floor"]["ratio_p50"]
     names = {
         "published": "published: tokens inserted",
@@ -54,42 +56,45 @@ def vpt_step_block() -> str:
     return f"{params['prompts']} prompts in each of {params['layers']} layers:\n\n" + "\n".join(lines)
 
 
+def cases_block() -> str:
+    """Every case and where it was measured."""
+    lines = ["| case | what it times | CPU | CUDA |", "|---|---|---|---|"]
+    for name in names():
+        doc = importlib.import_module(f"bench.cases.{name}").__doc__ or ""
+        what = doc.splitlines()[0].rstrip(".")
+        files = [f"{name}-{device}.jsonl" for device in ("cpu", "cuda")]
+        places = [f"[{file}]({file})" if (RESULTS / file).exists() else "*not measured*" for file in files]
+        lines.append(f"| `{name}` | {what} | {' | '.join(places)} |")
+    return "\n".join(lines)
+
+
 def results_block() -> str:
-    """Every JSON-lines file of benchmark cases, one table a set of parameters."""
-    parts = []
+    """Every JSON-lines file of benchmark cases."""
+    parts = [ceilings_text()] if ceilings_text() else []
     for file in sorted(RESULTS.glob("*.jsonl")):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        if "case" not in rows[0]:
-            continue
-        tables: dict[str, list[dict]] = {}
-        for row in rows:
-            tables.setdefault(json.dumps(row["params"]), []).append(row)
-        parts.append(f"## `{rows[0]['case']}` ([{file.name}]({file.name}))")
-        for params, group in tables.items():
-            machine = group[0]["machine"]
-            settings = ", ".join(f"{k} {v}" for k, v in json.loads(params).items())
-            baseline = group[0]["baseline"]
-            lines = [f"| provider | p50 ms | p20 | p80 | against {baseline} | peak MiB |", "|---|---|---|---|---|---|"]
-            for r in group:
-                times = " | ".join(f"{1e3 * r[k]:,.1f}" for k in ("p50_s", "p20_s", "p80_s"))
-                peak = r["peak_bytes"] / 2**20
-                lines.append(f"| {r['provider']} | {times} | {r['ratio_p50']:.3f}x | {peak:,.0f} |")
-            where = (
-                f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date'][:10]}"
-            )
-            parts += [f"{settings}. {where}.", "\n".join(lines)]
+        groups = by_params(read(file))
+        if groups:
+            parts.append(f"## `{groups[0][0]['case']}` ([{file.name}]({file.name}))")
+            parts += [pivot(groups)] if len(groups) > 4 else [detail(group) for group in groups]
     return "\n\n".join(parts)
+
+
+def written() -> dict[Path, str]:
+    """The two files with their tables as the results are now."""
+    found = {}
+    for file, blocks in (
+        (ROOT / "README.md", {"demo": demo_block, "vpt_step": vpt_step_block}),
+        (RESULTS / "README.md", {"cases": cases_block, "results": results_block}),
+    ):
+        found[file] = file.read_text()
+        for name, make in blocks.items():
+            found[file] = replace_block(found[file], name, make())
+    return found
 
 
 def main() -> None:
     """Rewrite the tables."""
-    for file, blocks in (
-        (ROOT / "README.md", {"demo": demo_block, "vpt_step": vpt_step_block}),
-        (RESULTS / "README.md", {"results": results_block}),
-    ):
-        text = file.read_text()
-        for name, make in blocks.items():
-            text = replace_block(text, name, make())
+    for file, text in written().items():
         file.write_text(text)
 
 

@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a benchmark case: ``python -m bench.run vpt_step --json bench/results/vpt_step-cpu.jsonl``."""
+"""Run a benchmark case: ``python -m bench.run prompt_attention --set prompts=10,50 --json results.jsonl``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from bench import cases
-from bench.measure import interleave, machine, summary
+from bench.case import Case, difference
+from bench.measure import FAILED, OOM, WRONG, DeviceClock, attempt, interleave, machine, summary, wall_clock
+from bench.rows import read, settings
 from fastprompt.tuning.memory import peak_memory
+
+ROOT = Path(__file__).parent.parent
 
 
 def names() -> list[str]:
@@ -21,47 +31,142 @@ def names() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(cases.__path__)]
 
 
+def build(name: str, device: str, params: dict[str, Any], only: list[str] | None = None) -> Case:
+    """A case, with all its providers or with those in ``only`` and the baseline."""
+    case = importlib.import_module(f"bench.cases.{name}").build(device, **params)
+    unknown = set(only or ()) - set(case.providers)
+    if unknown:
+        raise SystemExit(f"--providers: got {', '.join(unknown)}, expected some of {', '.join(case.providers)}")
+    if only:
+        for provider in set(case.providers) - {*only, case.baseline}:
+            del case.providers[provider]
+    return case
+
+
+def grid(settings: list[str]) -> Iterator[dict[str, int | str]]:
+    """Every combination of ``["prompts=10,50", "dtype=float32"]``, as keyword arguments."""
+    given = [(name, values.split(",")) for name, values in (item.split("=", 1) for item in settings)]
+    for values in itertools.product(*(v for _, v in given)):
+        yield {n: int(v) if v.isdigit() else v for (n, _), v in zip(given, values, strict=True)}
+
+
+def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+    """One row a provider: times, ratios and peak memory, or why there are none.
+
+    ``peak(provider)`` returns bytes, or a text that says why it cannot run.
+    """
+    want = case.reference()
+    rows: dict[str, dict[str, Any]] = {}
+    steps = {}
+    for name, provider in case.providers.items():
+        rows[name] = _examine(case, name, want, peak)
+        if "why_not" not in rows[name]:
+            step, why_not = attempt(provider.build)
+            if why_not:
+                rows[name] = {"why_not": why_not}
+            else:
+                steps[name] = step
+    clock = DeviceClock() if device == "cuda" and case.device_time else wall_clock
+    times, failed = interleave(steps, rounds, clock)
+    for name, numbers in summary(times, case.baseline).items():
+        rows[name] = {**numbers, **rows[name]}
+    return rows | {name: {"why_not": why_not} for name, why_not in failed.items()}
+
+
+def _examine(case: Case, name: str, want: list[Tensor], peak: Callable[[str], Any]) -> dict[str, Any]:
+    """What is known of a provider before it is timed: its difference from the reference, peak memory, counted work."""
+    provider = case.providers[name]
+    if provider.why_not:
+        return {"why_not": f"not run: {provider.why_not}"}
+    found, why_not = attempt(lambda: difference(case, name, want))
+    if why_not is None:
+        peak_bytes, why_not = attempt(lambda: peak(name))
+        why_not = why_not or (peak_bytes if isinstance(peak_bytes, str) else None)
+    if why_not:
+        return {"why_not": why_not}
+    work = {"flops": provider.work.flops, "bytes": provider.work.bytes} if provider.work else {}
+    return {"difference": found, "peak_bytes": peak_bytes, **work}
+
+
+def peak_in_fresh_process(case: str, device: str, params: dict[str, Any], provider: str) -> int | str:
+    """Peak memory of two steps; on a CPU only a process that did nothing else can tell."""
+    settings = [f"{name}={value}" for name, value in params.items()]
+    command = [sys.executable, "-m", "bench.run", case, "--device", device, "--memory-of", provider, "--set", *settings]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    if done.returncode == -9:  # the kernel's answer to a process that takes too much
+        return OOM
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}, its message is above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as a table for people."""
+    ratio = f"x {case.baseline}"
+    head = f"{'provider':<20} {'p50 ms':>9} {'p20':>9} {'p80':>9} {ratio:>14} {'peak MiB':>9} {'TFLOP/s':>8}"
+    lines = [f"{case.name}: {settings(case.params)}", head]
+    for name, r in rows.items():
+        if "why_not" in r:
+            lines.append(f"{name:<20} {r['why_not']}")
+            continue
+        times = " ".join(f"{1e3 * r[k]:9.3f}" for k in ("p50_s", "p20_s", "p80_s"))
+        ratio = f"{r['ratio_p50']:14.3f}" if "ratio_p50" in r else f"{'':>14}"
+        rate = f"{r['flops'] / r['p50_s'] / 1e12:8.2f}" if "flops" in r else ""
+        lines.append(f"{name:<20} {times} {ratio} {r['peak_bytes'] / 2**20:9.0f} {rate}")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Check, time and measure one case; print a table and append JSON lines."""
+    """Check, time and measure a case; print a table, append JSON lines; 1 if a provider is wrong or fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("case", choices=names())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds; every provider runs once a round")
     parser.add_argument("--json", type=Path, help="append one JSON line a provider to this file")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the case")
+    parser.add_argument("--resume", action="store_true", help="leave out the parameters that the JSON file has")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE[,VALUE]", help="parameters of the case")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these and the baseline")
     parser.add_argument("--memory-of", metavar="PROVIDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    given = dict(item.split("=", 1) for item in args.set)
-    overrides = {name: int(value) if value.isdigit() else value for name, value in given.items()}
-    case = importlib.import_module(f"bench.cases.{args.case}").build(args.device, **overrides)
-    if args.memory_of:
-        step = case.providers[args.memory_of]()
-        print(peak_memory(lambda: (step(), step()), args.device))
-        return 0
-    differences = case.check()
-    print(f"{case.name}: providers agree: {differences}", file=sys.stderr)
-    rows = summary(interleave({n: build() for n, build in case.providers.items()}, args.rounds), case.baseline)
-    forwarded = [args.case, "--device", args.device, "--set", *args.set]
-    for name in rows:
-        command = [sys.executable, "-m", "bench.run", *forwarded, "--memory-of", name]
-        rows[name]["peak_bytes"] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     header = machine(args.device)
-    lines = [
-        {"case": case.name, "provider": n, **r, "baseline": case.baseline, "params": case.params,
-         "differences": differences, "rounds": args.rounds, "machine": header}
-        for n, r in rows.items()
-    ]  # fmt: skip
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with args.json.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    print(f"{'provider':<14} {'p50 s':>8} {'p20':>8} {'p80':>8} {'x ' + case.baseline:>12} {'peak MiB':>9}")
-    for n, r in rows.items():
-        print(
-            f"{n:<14} {r['p50_s']:8.3f} {r['p20_s']:8.3f} {r['p80_s']:8.3f} {r['ratio_p50']:12.3f} "
-            f"{r['peak_bytes'] / 2**20:9.0f}"
-        )
-    return 0
+    wrong = False
+    for params in grid(args.set):
+        torch.compiler.reset()  # a provider compiled for other shapes would be compiled again for any, and run slower
+        case = build(args.case, args.device, params, args.providers)
+        if args.memory_of:
+            print(json.dumps(_peak(case, args.memory_of, args.device)))
+            continue
+        if args.resume and args.json and _measured(args.json, case):
+            continue
+
+        def peak(provider: str, case: Case = case, params: dict = params) -> int | str:
+            if args.device == "cpu":
+                return peak_in_fresh_process(case.name, args.device, params, provider)
+            return _peak(case, provider, args.device)
+
+        rows = measure(case, args.device, args.rounds, peak)
+        wrong |= any(r.get("why_not", "").startswith((WRONG, FAILED)) for r in rows.values())
+        print(show(case, rows), end="\n\n", flush=True)
+        if args.json:
+            common = {"baseline": case.baseline, "params": case.params, "rounds": args.rounds, "machine": header}
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            with args.json.open("a") as file:
+                file.writelines(
+                    json.dumps({"case": case.name, "provider": n, **r, **common}) + "\n" for n, r in rows.items()
+                )
+    return int(wrong)
+
+
+def _peak(case: Case, provider: str, device: str) -> int | str:
+    step, why_not = attempt(case.providers[provider].build)
+    if why_not is None:
+        found, why_not = attempt(lambda: peak_memory(lambda: (step(), step()), device))
+    return why_not or found
+
+
+def _measured(file: Path, case: Case) -> bool:
+    rows = read(file) if file.exists() else []
+    return any(r["case"] == case.name and r["params"] == case.params for r in rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ _WHERE = {
     "DataError": "errors",
     "ImplUnavailableError": "errors",
     "UnsupportedModelError": "errors",
+    "PrefixKV": "recipes.prefix_kv",
     "VPT": "recipes.vpt",
     "attach": "hf.attach",
     "check_finite": "ops.checks",
@@ -29,8 +30,8 @@ _WHERE = {
 }
 
 __all__ = [
-    "VPT", "AssetError", "AttachError", "CheckpointError", "DataError", "ImplUnavailableError", "UnsupportedModelError",
-    "__version__", "attach", "check_finite", "explain", "load", "nn", "ops", "recipes",
+    "VPT", "AssetError", "AttachError", "CheckpointError", "DataError", "ImplUnavailableError", "PrefixKV",
+    "UnsupportedModelError", "__version__", "attach", "check_finite", "explain", "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fastprompt.hf.attach import attach
     from fastprompt.ops.checks import check_finite
     from fastprompt.ops.dispatch import explain
+    from fastprompt.recipes.prefix_kv import PrefixKV
     from fastprompt.recipes.registry import load
     from fastprompt.recipes.vpt import VPT
 

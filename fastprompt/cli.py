@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | eval | info | warmup | inspect | assets``."""
+"""The command line: ``fastprompt demo | tune | eval | bench | info | warmup | inspect | assets``."""
 
 from __future__ import annotations
 
@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, help="the folder that `fastprompt tune --out` wrote")
     sub.add_argument("--data", help="evaluate on all images of this folder instead (same class names)")
     sub.add_argument("--batch-size", type=int, default=32)
+
+    sub = add("bench", _bench, "Run a benchmark case of a source checkout; what follows is for python -m bench.run.",
+              "fastprompt bench prompt_attention --set prompts=10,50 mode=forward")  # fmt: skip
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CASE ...", help="a case and its options")
 
     add("info", _info, "Versions, devices, and which implementation runs here and why not the others.",
         "fastprompt info")  # fmt: skip
@@ -214,6 +218,17 @@ def _eval(args: argparse.Namespace) -> None:
     else:
         _, examples = task.split(model)
     _print_accuracy(evaluate(model, examples, batch_size=args.batch_size, autocast=autocast), classes)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    root = Path(fastprompt.__file__).parent.parent
+    if not (root / "bench" / "run.py").is_file():
+        raise FileNotFoundError(f"bench: no {root}/bench/run.py, expected a source checkout (pip install -e .)")
+    sys.path.insert(0, str(root))
+    from bench.run import main as run
+
+    if run(args.arguments):
+        raise SystemExit(1)
 
 
 def _info(args: argparse.Namespace) -> None:

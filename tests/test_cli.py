@@ -17,6 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import fastprompt
 from fastprompt.cli import main
 from fastprompt.tuning.images import head_names
 
@@ -127,12 +128,21 @@ def test_wrong_usage_exits_2(capsys):
         assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "tune", "eval", "info", "inspect", "assets"])
+@pytest.mark.parametrize("command", ["demo", "tune", "eval", "bench", "info", "inspect", "assets"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     assert "example:\n  fastprompt " + command in capsys.readouterr().out
+
+
+def test_bench_hands_over_to_the_suite_of_a_checkout(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "prompt_attention", "--help"])
+    assert stop.value.code == 0 and "usage: python -m bench.run" in capsys.readouterr().out
+    monkeypatch.setattr(fastprompt, "__file__", str(tmp_path / "fastprompt" / "__init__.py"))
+    assert main(["bench", "prompt_attention"]) == 1
+    assert "expected a source checkout" in capsys.readouterr().err
 
 
 def test_info_says_what_runs_and_why(capsys):

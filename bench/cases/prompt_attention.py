@@ -1,131 +1,159 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`prompt_attention` forward and backward on DINOv2-S shapes: the candidates for the CPU path, and the one kept.
+"""`prompt_attention` on ViT-B/16 shapes, forward or forward and backward, against what else computes the same.
 
-Providers: `floor` (SDPA without prompts), `concat_sdpa` (what autograd does with expanded and concatenated keys),
-`merged_flash` (one flash call over instance keys and one over prompts with the batch folded into rows, merged by lse,
-each with its flash backward on the merged state), `concat_flash` and `tiled` (our forward with either backward), and
-`fastprompt`, which takes the tiled backward in half precision and the flash backward otherwise.
+Providers: `concat` copies the shared prompt to every sample while joining keys, `expand` holds a copy for every sample
+before that, as code does that inserts prompts as tokens; each on the backend PyTorch chooses and on every backend by
+name. `flex` is compiled flex_attention over the keys of `concat`, `flex/packed` over one long sequence in which a block
+mask lets every sample see the prompt and itself, `xformers` its memory-efficient attention. `same_keys` finds its keys
+joined, so it is what a kernel can hope for, `floor` has no prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import Case
-from fastprompt.ops import merge_states, prompt_attention
-from fastprompt.ops.cpu import prompt_attention as cpu
+from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, tolerance
+from fastprompt.ops import prompt_attention
+from fastprompt.ops.dispatch import IMPLS
 
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
+MODES = ("forward", "forward+backward")
 
 
 def build(
-    device: str, batch: int = 16, heads: int = 6, tokens: int = 257, dim: int = 64, prompts: int = 100,
-    dtype: str = "bfloat16",
+    device: str, batch: int = 0, heads: int = 12, tokens: int = 197, dim: int = 64, prompts: int = 50,
+    dtype: str = "bfloat16", mode: str = "forward+backward",
 ) -> Case:  # fmt: skip
-    """The case."""
-    kind = getattr(torch, dtype)
+    """The case; ``batch`` 0 is 16 on a CPU and 64 on a GPU."""
+    if mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
+    batch = batch or {"cpu": 16, "cuda": 64}[device]
+    kind, train = getattr(torch, dtype), mode == "forward+backward"
     torch.manual_seed(0)
 
-    def tensor(b: int, t: int, grad: bool = True) -> Tensor:
-        return torch.randn(b, t, heads, dim, device=device).to(kind).transpose(1, 2).requires_grad_(grad)
+    def tensor(b: int, t: int) -> Tensor:
+        """``[b,H,t,D]`` with the strides that a projection leaves."""
+        return torch.randn(b, t, heads, dim, device=device).to(kind).transpose(1, 2).requires_grad_(train)
 
-    query, key, value = (tensor(batch, tokens) for _ in range(3))
-    prompt_key, prompt_value = tensor(1, prompts), tensor(1, prompts)
-    grad = tensor(batch, tokens, grad=False)
-    inputs = (query, key, value, prompt_key, prompt_value)
-    scale = dim**-0.5
+    inputs = [tensor(batch, tokens) for _ in range(3)] + [tensor(1, prompts) for _ in range(2)]
+    joined = [inputs[0], *(x.detach().requires_grad_(train) for x in _concat(*inputs)[1:])]
+    grad = tensor(batch, tokens).detach()
 
-    def step(function: Callable[..., Tensor], used: int = 5) -> Callable[[], list[Tensor]]:
+    def step(function: Callable[..., Tensor], given: list[Tensor] = inputs) -> Step:
         def run() -> list[Tensor]:
-            out = function(*inputs[:used])
-            return [out.detach(), *torch.autograd.grad(out, inputs[:used], grad)]
+            out = function(*given)
+            return [out.detach(), *torch.autograd.grad(out, given, grad)] if train else [out]
 
-        return lambda: run
+        return run
 
-    def concat(q, k, v, pk, pv):
-        keys, values = (torch.cat([p.expand(batch, -1, -1, -1), x], 2) for p, x in ((pk, k), (pv, v)))
-        return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+    def work(own: int, shared: int) -> Work:
+        """Of ``own`` keys a sample and ``shared`` ones."""
+        queries, keys = batch * heads * tokens, heads * (batch * own + shared)
+        return attention_work(queries, keys, queries * (own + shared), dim, kind.itemsize, train)
+
+    def provider(function: Callable[..., Tensor] | None, why_not: str | None = None, make=None) -> Provider:
+        made = make or (lambda: step(function))
+        return Provider(made, lambda: made()(), why_not, work(tokens, prompts))
+
+    def same_keys() -> list[Tensor]:
+        """Its results, the gradient of joined keys taken apart."""
+        out, *grads = step(sdpa, joined)()
+        if not train:
+            return [out]
+        instance, shared = [g[:, :, prompts:] for g in grads[1:]], [g[:, :, :prompts].sum(0, True) for g in grads[1:]]
+        return [out, grads[0], *instance, *shared]
 
     providers = {
-        "floor": step(torch.nn.functional.scaled_dot_product_attention, used=3),
-        "concat_sdpa": step(concat),
-        "fastprompt": step(prompt_attention),
+        "floor": Provider(lambda: step(sdpa, inputs[:3]), work=work(tokens, 0)),
+        "same_keys": Provider(lambda: step(sdpa, joined), same_keys, work=work(tokens + prompts, 0)),
     }
-    if device == "cpu":
-        providers["merged_flash"] = step(lambda *x: _MergedFlash.apply(*x, scale))
-        providers["concat_flash"] = step(lambda *x: _Ours.apply(*x, scale, True))
-        providers["tiled"] = step(lambda *x: _Ours.apply(*x, scale, False))
+    for form, join in (("concat", _concat), ("expand", _expand)):
+        providers[form] = provider(lambda *x, join=join: sdpa(*join(*x)))
+        for name, backend in BACKENDS.items():
+            absent = device == "cpu" and name in ("efficient", "cudnn")
+            on = _sdpa_on(name, backend)
+            providers[f"{form}/{name}"] = provider(
+                lambda *x, join=join, on=on: on(*join(*x)), "PyTorch has this backend on CUDA alone" if absent else None
+            )
+    no_flex = "flex_attention has no backward on a CPU" if train and device == "cpu" else None
+    providers["flex"] = provider(None, no_flex, lambda: step(_flex()))
+    providers["flex/packed"] = provider(None, no_flex, lambda: step(_flex_packed(batch, tokens, prompts, device)))
+    no_xformers = "xformers runs on CUDA" if device == "cpu" else None if find_spec("xformers") else "not installed"
+    providers["xformers"] = provider(_xformers, no_xformers)
+    providers["fastprompt"] = provider(prompt_attention)
+    for impl in IMPLS[1:]:
+        providers[f"fastprompt/{impl}"] = provider(lambda *x, impl=impl: prompt_attention(*x, impl=impl))
 
-    def check() -> dict[str, float]:
-        exact = [x.detach().double().requires_grad_() for x in inputs]
+    def reference() -> list[Tensor]:
+        exact = [x.detach().double().requires_grad_(train) for x in inputs]
         out = prompt_attention(*exact, impl="reference")
-        want = [out.detach(), *torch.autograd.grad(out, exact, grad.double())]
-        worst = {}
-        for name, make in providers.items():
-            if name != "floor":
-                got = make()()
-                worst[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
-                if worst[name] > 8 * torch.finfo(kind).eps:
-                    raise AssertionError(f"{name} is off by {worst[name]}")
-        return worst
+        return [out.detach(), *torch.autograd.grad(out, exact, grad.double())] if train else [out]
 
-    params = {"batch": batch, "heads": heads, "tokens": tokens, "dim": dim, "prompts": prompts, "dtype": dtype}
-    return Case("prompt_attention", providers, "concat_sdpa", check, params)
+    params = {"batch": batch, "heads": heads, "tokens": tokens, "dim": dim, "prompts": prompts, "dtype": dtype,
+              "mode": mode}  # fmt: skip
+    return Case("prompt_attention", providers, "concat", reference, tolerance(kind), params, device_time=True)
 
 
-class _MergedFlash(torch.autograd.Function):
-    """Two flash calls and a merge; the backward of each branch reads the merged output and lse."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, prompt_key, prompt_value, scale):
-        out_x, lse_x = flash(query, key, value, scale=scale)
-        out_p, lse_p = flash(_fold(query), prompt_key, prompt_value, scale=scale)
-        out_p, lse_p = _unfold(out_p, len(query)), _unfold(lse_p.unsqueeze(-1), len(query)).squeeze(-1)
-        out, lse = merge_states(out_x, lse_x, out_p, lse_p)
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, lse)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, prompt_key, prompt_value, out, lse = ctx.saved_tensors
-        dq, dk, dv = flash_backward(grad, query, key, value, out, lse, 0.0, False, scale=ctx.scale)
-        rows = (_fold(grad), _fold(query), prompt_key, prompt_value, _fold(out), _fold(lse.unsqueeze(-1)).squeeze(-1))
-        dq_p, dk_p, dv_p = flash_backward(*rows, 0.0, False, scale=ctx.scale)
-        return dq + _unfold(dq_p, len(query)), dk, dv, dk_p, dv_p, None
+def _concat(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, and keys and values with the prompt in front of those of every sample."""
+    k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in ((pk, k), (pv, v)))
+    return q, k, v
 
 
-def _fold(x: Tensor) -> Tensor:
-    """``[B,H,T,D]`` as ``[1,H,B*T,D]``."""
-    return x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+def _expand(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _concat(q, k, v, *(p.repeat(len(q), 1, 1, 1) for p in (pk, pv)))
 
 
-def _unfold(x: Tensor, batch: int) -> Tensor:
-    """``[1,H,B*T,D]`` as ``[B,H,T,D]``."""
-    return x.transpose(1, 2).squeeze(0).unflatten(0, (batch, -1)).transpose(1, 2)
+def _sdpa_on(name: str, backend: SDPBackend) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        try:
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise CannotRun(f"the {name} backend takes no {q.dtype} tensors like these here") from error
+
+    return run
 
 
-class _Ours(torch.autograd.Function):
-    """The forward of the CPU path with one of its two backwards, whatever the dtype."""
+def _flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
 
-    @staticmethod
-    def forward(ctx, query, key, value, prompt_key, prompt_value, scale, by_flash):
-        out, lse = cpu.forward(query, key, value, prompt_key, prompt_value, None, None, False, scale)
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, lse)
-        ctx.scale, ctx.by_flash = scale, by_flash
-        return out
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda *inputs: compiled(*_concat(*inputs))
 
-    @staticmethod
-    def backward(ctx, grad):
-        *inputs, out, lse = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in inputs]
-        if ctx.by_flash:
-            cpu._by_flash(grad, inputs, None, None, out, lse, ctx.scale, grads)
-        else:
-            heads = slice(0, inputs[1].shape[1])
-            cpu._Heads(heads, grad, None, inputs, None, None, out, lse, lse, ctx.scale, grads).run()
-        return *grads, None, None
+
+def _flex_packed(batch: int, tokens: int, prompts: int, device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b, h, q, k):
+        return (k < prompts) | (q // tokens == (k - prompts) // tokens)
+
+    mask = create_block_mask(visible, None, None, batch * tokens, prompts + batch * tokens, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for x in (q, k, v))
+        out = compiled(q, torch.cat([pk, k], 2), torch.cat([pv, v], 2), block_mask=mask)
+        return out.transpose(1, 2).unflatten(1, (batch, tokens)).squeeze(0).transpose(1, 2)
+
+    return run
+
+
+def _xformers(*inputs: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    try:
+        return memory_efficient_attention(*(x.transpose(1, 2) for x in _concat(*inputs))).transpose(1, 2)
+    except NotImplementedError as error:
+        raise CannotRun(str(error).splitlines()[0]) from error

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from fastprompt.errors import UnsupportedModelError
 from fastprompt.ops import prompt_attention
 
 #: The registered name; without "sdpa", "flash" or "/", which transformers gives a meaning.
@@ -19,6 +20,9 @@ NAME = "fastprompt"
 
 #: The child module that carries a layer's prompt, on its attention module.
 CHILD = "fastprompt"
+
+#: What a model may pass that changes the result, and that prompts inside attention do not know.
+CHANGES = ("softcap", "s_aux", "position_bias", "cache")
 
 _observers: list[Callable] = []
 
@@ -65,7 +69,15 @@ def attention(
 
     Returns:
         ``([B,Tq,Hq,D], None)``.
+
+    Raises:
+        UnsupportedModelError: the model passes something else that changes attention (`CHANGES`).
     """
+    unknown = [name for name in CHANGES if kwargs.get(name) is not None]
+    if unknown:
+        raise UnsupportedModelError(
+            f"model: {type(module).__name__} passes {', '.join(unknown)} to attention, which {NAME!r} does not compute"
+        )
     for observer in _observers:
         observer(module, query, key, value)
     child = getattr(module, CHILD, None)
@@ -81,6 +93,9 @@ def attention(
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    if causal and key.shape[2] > query.shape[2]:
+        # An empty static cache, filled from the front: what is behind the queries is not written yet.
+        key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     out = prompt_attention(query, key, value, *prompt, attn_mask=attention_mask, is_causal=causal, scale=scaling)
     return cast(Tensor, out).transpose(1, 2).contiguous(), None
 

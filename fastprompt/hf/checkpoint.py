@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,20 +160,23 @@ def describe_base(handle: Handle) -> dict[str, Any]:
         "class": type(handle.tower.module).__name__,
         "layers": len(handle.sites),
         "width": site.width,
-        "kv_heads": site.key.heads,
+        "kv_heads": site.heads,
         "head_dim": site.head_dim,
-        "weights": {str(s.index): _sample(s) for s in handle.sites if not _trained(handle, s)},
+        "weights": {str(s.index): _sample(weight) for s, weight in _frozen(handle)},
     }
 
 
-def _trained(handle: Handle, site: Site) -> bool:
-    trained = {id(p) for p in handle.model.parameters() if p.requires_grad}
-    return any(id(p) in trained for p in site.key.linear.parameters())
+def _frozen(handle: Handle) -> Iterator[tuple[Site, Tensor]]:
+    """The layers that have a frozen weight to know them by."""
+    for site in handle.sites:
+        weight = site.fingerprint()
+        if weight is not None and not weight.requires_grad:
+            yield site, weight
 
 
-def _sample(site: Site) -> list[float]:
-    """A few weights of the layer's key projection."""
-    weight = next(site.key.linear.parameters()).detach().flatten()
+def _sample(weight: Tensor) -> list[float]:
+    """A few elements."""
+    weight = weight.detach().flatten()
     places = torch.linspace(0, weight.numel() - 1, SAMPLES, device=weight.device).long()
     return [float(x) for x in weight[places]]
 

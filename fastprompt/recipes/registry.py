@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprompt.errors import CheckpointError
+from fastprompt.recipes.prefix_kv import PrefixKV
 from fastprompt.recipes.vpt import VPT
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fastprompt.hf.attach import Handle
 
 #: Every recipe by the name that saved files carry.
-RECIPES = {recipe.__name__: recipe for recipe in (VPT,)}
+RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV)}
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> Handle:
@@ -50,7 +51,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
     content, tensors = read(Path(directory))
     recipe = RECIPES.get(content["method"])
     if recipe is None:
-        raise CheckpointError(f"method: got {content['method']!r}, expected one of {', '.join(sorted(RECIPES))}")
+        raise CheckpointError(f"method: got {content['method']!r}, expected one of {', '.join(RECIPES)}")
     try:
         config = recipe(**content["config"])
         with torch.random.fork_rng([]):  # the initial prompts are drawn, and then replaced

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.nn.prompts import ProjectedPrompt, vpt_uniform
+from fastprompt.recipes.layers import checked_layers, choose_layers, is_count
 
 if TYPE_CHECKING:
     from fastprompt.hf.sites import Site
@@ -23,6 +24,11 @@ class VPT:
     Deep prompts are fresh tokens before each chosen layer; the tokens of the layer before are thrown away, so they
     matter only as keys and values and are computed once a step, not once a sample (identity I2). Where no fresh prompt
     follows (shallow, or after the last layer of a partial depth) the rows run as tokens until the last layer.
+
+    In the vision tower of a multimodal model every image sees the prompts, also where images are packed in one sequence
+    or cut into windows (Qwen2-VL, Qwen2.5-VL; there every layer from the first chosen on must be). Prompts have no
+    position: where patches are rotated (RoPE), prompt keys are not. Of LLaVA's tower, only the layers up to the hidden
+    state named by ``config.vision_feature_layer`` get prompts, since nothing reads the others.
 
     Args:
         length: Prompts a layer, P >= 1 (the paper's default is 5; 10 to 100 are common).
@@ -54,11 +60,13 @@ class VPT:
     dropout: float = 0.0
 
     kind = "vision"
+    projects = True
+    tokens = None
 
     def __post_init__(self):
-        if not _count(self.length):
+        if not is_count(self.length):
             raise ValueError(f"length: got {self.length!r}, expected an integer >= 1 (prompts a layer)")
-        if self.project is not None and not _count(self.project):
+        if self.project is not None and not is_count(self.project):
             raise ValueError(f"project: got {self.project!r}, expected an integer >= 1 (width of a prompt) or None")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout!r}, expected a probability in [0, 1)")
@@ -66,25 +74,18 @@ class VPT:
             raise ValueError(f"depth: got {self.depth!r}, expected 'deep' or 'shallow'")
         if not isinstance(self.init, str) or self.init not in _INITS:
             raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(map(repr, _INITS))}")
-        if self.layers is not None:
-            if self.depth == "shallow":
-                raise ValueError("layers: shallow prompts enter the first layer only; use depth='deep' with layers=...")
-            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-            if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
-                raise ValueError(f"layers: got {self.layers!r}, expected a non-empty sequence of layer numbers or None")
-            object.__setattr__(self, "layers", layers)
+        layers = checked_layers(self.layers)
+        if layers is not None and self.depth == "shallow":
+            raise ValueError("layers: shallow prompts enter the first layer only; use depth='deep' with layers=...")
+        object.__setattr__(self, "layers", layers)
 
     def chosen(self, count: int) -> list[int]:
         """The layers that get a fresh prompt, ascending, in a tower of ``count`` layers."""
-        if self.depth == "shallow":
-            return [0]
-        if self.layers is None:
-            return list(range(count))
-        bad = [i for i in self.layers if not -count <= i < count]
-        chosen = sorted({i % count for i in self.layers if i not in bad})
-        if bad or len(chosen) != len(self.layers):
-            raise ValueError(f"layers: got {list(self.layers)}, expected distinct numbers in [-{count}, {count - 1}]")
-        return chosen
+        return [0] if self.depth == "shallow" else choose_layers(self.layers, count)
+
+    def baked(self) -> VPT:
+        """The recipe of the prompts after ``handle.bake()``: this one."""
+        return self
 
     def build(self, sites: list[Site]) -> dict[int, nn.Module]:
         """One prompt module for every chosen layer."""
@@ -100,16 +101,18 @@ class VPT:
             projection.to(device, dtype)
         prompts: dict[int, nn.Module] = {}
         for i in chosen:
+            inserted = i < last and i + 1 not in chosen
+            if inserted and sites[i].packed:
+                raise ValueError(
+                    f"layers: got {chosen} of {last + 1}, but prompts that no next layer replaces run as tokens, which "
+                    f"a tower of packed images cannot take; expected depth='deep' with all layers from {chosen[0]} on"
+                )
             initial = _INITS[self.init](self.length, width, sites[i]).to(device, dtype)
             prompts[i] = ProjectedPrompt(
-                initial, sites[i], inserted=i < last and i + 1 not in chosen,
+                initial, sites[i], inserted=inserted,
                 projection=projection, owner=i == chosen[0], dropout=self.dropout,
             )  # fmt: skip
         return prompts
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _published(length: int, width: int, site: Site) -> Tensor:
