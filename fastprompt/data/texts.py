@@ -135,9 +135,9 @@ def few_shot_texts(
         needed = shots + share + (part == "validation")
         if len(group) < needed:
             raise DataError(
-                f"class {name!r} of {data.root} has {len(group)} texts, expected {needed}: {shots} shots and {share} to "
-                f"test (its part of eval_size){' and 1 to validate' if part == 'validation' else ''}; lower shots or "
-                "eval_size, or add texts"
+                f"class {name!r} of {data.root} has {len(group)} texts, expected {needed}: {shots} shots and {share} "
+                f"to test (its part of eval_size){' and 1 to validate' if part == 'validation' else ''}; lower shots "
+                "or eval_size, or add texts"
             )
         random.Random(f"{_TEST_SEED}/{name}").shuffle(group)
         kept = len(group) - share

@@ -118,7 +118,7 @@ class LabelScorer(nn.Module):
         for text, label in samples:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
             if len(ids) > max_tokens:
-                text, cut = self.tokenizer.decode(ids[:max_tokens]), cut + 1
+                text, cut = str(self.tokenizer.decode(ids[:max_tokens])), cut + 1
             rows.append((self.tokenizer(self.template.replace(SLOT, text)).input_ids, label))
         # Neighbours of like length need little padding where a set is read in order.
         rows.sort(key=lambda row: len(row[0]))
