@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastprompt.errors import AttachError
 from fastprompt.hf.attention import CHILD, NAME, dropout_fields, register
+from fastprompt.hf.holds import Freeze, OwnConfigs
 from fastprompt.hf.sites import Tower, choose_tower, find_sites
 from fastprompt.hf.tokens import install_rows, reach_checkpointed
 from fastprompt.nn.prefix import PrefixEncoder
@@ -28,7 +28,8 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
     Args:
         model: Any transformers model whose attention goes through the attention interface.
         config: A recipe, e.g. ``fastprompt.VPT(length=50)``.
-        tower: ``"vision"`` or ``"text"``; required where the model has several towers.
+        tower: ``"vision"`` or ``"text"``; required where the model has several towers. Each may have a handle of its
+            own; they are detached in any order.
         train: Name patterns (``fnmatch``; a pattern also names everything below it) of base parameters that stay
             trainable, e.g. ``("classifier",)``. They are saved with the prompts, and put back by ``detach``.
 
@@ -37,7 +38,8 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
 
     Raises:
         AttachError: prompts are already attached to these modules.
-        UnsupportedModelError: lists the modules that cannot hold prompts and what each is missing.
+        UnsupportedModelError: lists the modules that cannot hold prompts and what each is missing. A quantised base
+            may lack projections that prompts can be run through; `PrefixKV` needs none.
         ValueError: ambiguous tower, attention dropout > 0, a pattern that matches nothing.
 
     Example:
@@ -89,6 +91,18 @@ def _patterns(train: Sequence[str]) -> tuple[str, ...]:
     return patterns
 
 
+def _match(patterns: tuple[str, ...], base: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The base parameters that patterns name, in the model's order."""
+    found = set()
+    for pattern in patterns:
+        names = [n for n in base if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+        if not names:
+            tops = sorted({n.split(".")[0] for n in base})
+            raise ValueError(f"train: pattern {pattern!r} matches no parameter; top-level names: {', '.join(tops)}")
+        found.update(names)
+    return {n: p for n, p in base.items() if n in found}
+
+
 def _check_attention(module: PreTrainedModel, args: tuple) -> None:
     """A tower whose attention was switched away would run without its prompts, silently."""
     name = module.config._attn_implementation
@@ -115,20 +129,25 @@ class Handle:
         self._prompts: dict[int, Any] = {}
         self._trained: dict[str, nn.Parameter] = {}
         self._originals: dict[str, Tensor] = {}
-        self._flags: list[tuple[nn.Parameter, bool]] = []
-        self._configs: list[tuple[nn.Module, PreTrainedConfig]] = []
+        self._freeze: Freeze | None = None
+        self._configs: OwnConfigs | None = None
         self._hooks: list = []
 
     def _attach(self, train: tuple[str, ...]) -> None:
         register()
         self.train = train
-        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        self._own_config()
+        base = {n: p for n, p in self.model.named_parameters() if CHILD not in n.split(".")}
+        self._configs = OwnConfigs(self.model)
+        self._configs.switch(self.tower.module, NAME)
         sites = find_sites(self.tower, projects=self.config.projects, tokens=self.config.tokens)
         self._prompts = self.config.build(sites)
-        self._trained = self._match(train)
-        for parameter, _ in self._flags:
-            parameter.requires_grad_(False)
+        matched = _match(train, base)
+        self._freeze = Freeze(base.values())
+        self._freeze.apply()
+        taken = [n for n, p in matched.items() if p.requires_grad]
+        if taken:
+            raise ValueError(f"train: another handle of this model trains {', '.join(taken)}; name them once")
+        self._trained = matched
         for name, parameter in self._trained.items():
             self._originals[name] = parameter.detach().clone()
             parameter.requires_grad_(True)
@@ -145,46 +164,22 @@ class Handle:
         self.sites = sites
         self.attached = True
 
-    def _own_config(self) -> None:
-        """Give the model a copy of its configs and switch the tower to fastprompt's attention in the copy alone."""
-        memo: dict[int, Any] = {}
-        for module in self.model.modules():
-            config = vars(module).get("config")
-            if isinstance(config, PreTrainedConfig):
-                self._configs.append((module, config))
-                module.config = copy.deepcopy(config, memo)  # type: ignore[assignment]
-        for module in self.tower.module.modules():
-            config = vars(module).get("config")
-            if isinstance(config, PreTrainedConfig):
-                config._attn_implementation = NAME
-
-    def _match(self, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:
-        found = {}
-        parameters = dict(self.model.named_parameters())
-        for pattern in patterns:
-            names = [n for n in parameters if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
-            if not names:
-                tops = sorted({n.split(".")[0] for n in parameters})
-                raise ValueError(f"train: pattern {pattern!r} matches no parameter; top-level names: {', '.join(tops)}")
-            found.update({n: parameters[n] for n in names})
-        return {n: p for n, p in parameters.items() if n in found}
-
     def _restore(self) -> None:
         for hook in self._hooks:
             hook.remove()
         for module in self.tower.attentions:
             if module._modules.get(CHILD) is not None and module._modules[CHILD] in self._prompts.values():
                 del module._modules[CHILD]
-        for module, config in self._configs:
-            module.config = config  # type: ignore[assignment]
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 if name in self._originals:
                     parameter.copy_(self._originals[name])
                     parameter.grad = None
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._hooks, self._configs, self._flags = [], [], []
+        if self._freeze is not None:
+            self._freeze.release(self._trained.values())
+        if self._configs is not None:
+            self._configs.release()
+        self._hooks, self._freeze, self._configs = [], None, None
         self.attached = False
 
     def _check_attached(self) -> None:
@@ -192,7 +187,9 @@ class Handle:
             raise AttachError("handle: already detached; attach again, or load a saved prompt with fastprompt.load")
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable tensors by stable names: ``layers.{i}.prompt``, what else a recipe learns, then ``base.{name}``."""
+        """Trainable tensors by stable names: ``layers.{i}.prompt`` (or ``key``, ``value``), what layers share, then
+        ``base.{name}``.
+        """
         found = [(i, n, p) for i in sorted(self._prompts) for n, p in self._prompts[i].named_parameters()]
         for index, name, parameter in sorted(found, key=lambda entry: "." in entry[1]):
             yield f"layers.{index}.{name}", parameter
@@ -200,7 +197,9 @@ class Handle:
             yield f"base.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable leaf tensors: prompts in layer order (VPT: one ``[P,C]`` a layer), then those of ``train``."""
+        """Trainable leaf tensors: prompts in layer order (VPT: one ``[P,C]`` a layer; PrefixKV: keys and values
+        ``[Hkv,P,D]``), then what layers share, then those of ``train``.
+        """
         for _, parameter in self.named_parameters():
             yield parameter
 
@@ -217,7 +216,10 @@ class Handle:
         save(self, Path(directory))
 
     def bake(self) -> Handle:
-        """Freeze the prompts and keep their keys and values, for inference; returns the handle."""
+        """Freeze the prompts and keep their keys and values, for inference; returns the handle.
+
+        A reparameterised prefix becomes plain keys and values, in ``config`` too, and is saved as such.
+        """
         self._check_attached()
         for prompt in self._prompts.values():
             prompt.bake()

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from fastprompt.errors import UnsupportedModelError
 from fastprompt.ops import prompt_attention
 
 #: The registered name; without "sdpa", "flash" or "/", which transformers gives a meaning.
@@ -19,6 +20,9 @@ NAME = "fastprompt"
 
 #: The child module that carries a layer's prompt, on its attention module.
 CHILD = "fastprompt"
+
+#: What a model may pass that changes the result, and that prompts inside attention do not know.
+CHANGES = ("softcap", "s_aux", "position_bias", "cache")
 
 _observers: list[Callable] = []
 
@@ -65,7 +69,15 @@ def attention(
 
     Returns:
         ``([B,Tq,Hq,D], None)``.
+
+    Raises:
+        UnsupportedModelError: the model passes something else that changes attention (`CHANGES`).
     """
+    unknown = [name for name in CHANGES if kwargs.get(name) is not None]
+    if unknown:
+        raise UnsupportedModelError(
+            f"model: {type(module).__name__} passes {', '.join(unknown)} to attention, which {NAME!r} does not compute"
+        )
     for observer in _observers:
         observer(module, query, key, value)
     child = getattr(module, CHILD, None)

@@ -51,7 +51,7 @@ class InsertedPrompts:
                 self._hooks.append(layer.register_forward_pre_hook(self._insert(prompt, carried), with_kwargs=True))
                 carried = prompt.shape[0]
         if carried:
-            self._hooks.append(layers[-1].register_forward_hook(self._strip(carried)))
+            self._hooks.append(layers[-1].register_forward_hook(self._strip(carried), prepend=True))
 
     def _insert(self, prompt: Tensor, carried: int):
         def hook(layer, args, kwargs):

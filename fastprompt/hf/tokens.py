@@ -114,5 +114,5 @@ def install_rows(sites: list[Site]) -> list:
         if stripped or carried:
             hooks.append(site.layer.register_forward_pre_hook(rows.before, with_kwargs=True))
         if carried and site is sites[-1]:
-            hooks.append(site.layer.register_forward_hook(rows.after))
+            hooks.append(site.layer.register_forward_hook(rows.after, prepend=True))
     return hooks

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprompt.nn.prefix import EncodedPrefix, Prefix, PrefixEncoder
 from fastprompt.recipes.layers import checked_layers, choose_layers, is_count
@@ -27,16 +27,18 @@ class PrefixKV:
 
     One softmax over ``[K_p; K]`` for decoders and encoders, text and vision. Learned keys are never rotated, no
     position is shifted and no mask widened; every token sees every prompt, under a causal mask, padding or a sliding
-    window. They need no projection of the model, so that a quantised base is as good as any.
+    window. They need no projection of the model, so that it may be quantised in any way; to learn, its layers must pass
+    gradients on (int8 weights do; PyTorch's dynamic int8 does not, and serves inference alone).
 
     Args:
         length: Prompts a layer, P >= 1.
         reparam: None learns ``K_p, V_p [Hkv,P,D]`` of every layer (P-Tuning v2). ``"mlp"`` learns a prompt ``[P,C]`` (C
             the model's width) and the network ``W_2 tanh(W_1 p)`` that gives the keys and values of all layers (prefix
             tuning), run once a step; ``handle.bake()`` folds it into plain keys and values.
-        init: For ``reparam=None``: ``"normal"``: N(0, 0.02²), close to a prompt that changes nothing; ``"ptuning"``:
-            N(0, 1) as in P-Tuning v2; or P token ids: the keys and values that the frozen text tower itself computes of
-            them (keys rotated to positions 0 to P-1), the paper's start from real words. ``"mlp"`` starts as published.
+        init: For ``reparam=None``: ``"normal"``: N(0, 0.02²), as CLIP prompts start; ``"ptuning"``: N(0, 1) as in
+            P-Tuning v2; or P token ids: the keys and values that the frozen text tower itself computes of them (keys
+            rotated to positions 0 to P-1), the start from real words of prefix tuning. ``"mlp"`` starts as published:
+            prompt N(0, 1), linear layers as PyTorch makes them.
         layers: Layer numbers from 0 (negative counts from the end) that get prompts; None is every layer.
         hidden: Width between the two layers of ``"mlp"`` (the paper's default is 512).
 
@@ -70,16 +72,17 @@ class PrefixKV:
         object.__setattr__(self, "init", self._checked_init())
 
     def _checked_init(self) -> str | tuple[int, ...]:
-        if self.reparam == "mlp" and self.init != "normal":
-            raise ValueError(f"init: got {self.init!r}, but reparam='mlp' starts as published; leave init out")
-        if isinstance(self.init, str):
-            if self.init in INITS:
-                return self.init
-        elif isinstance(self.init, Sequence) and all(isinstance(i, int) and i >= 0 for i in self.init):
-            if len(self.init) == self.length:
-                return tuple(self.init)
-            raise ValueError(f"init: got {len(self.init)} token ids, expected {self.length}, one for every prompt")
-        raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(map(repr, INITS))} or token ids")
+        init = self.init
+        if self.reparam == "mlp" and init != "normal":
+            raise ValueError(f"init: got {init!r}, but reparam='mlp' starts as published; leave init out")
+        if isinstance(init, str) and init in INITS:
+            return init
+        ids = tuple(init) if isinstance(init, Sequence) and not isinstance(init, str) else ()
+        if not ids or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+            raise ValueError(f"init: got {init!r}, expected one of {', '.join(map(repr, INITS))}, or token ids")
+        if len(ids) != self.length:
+            raise ValueError(f"init: got {len(ids)} token ids, expected {self.length}, one for every prompt")
+        return ids
 
     @property
     def tokens(self) -> tuple[int, ...] | None:
@@ -93,18 +96,21 @@ class PrefixKV:
     def build(self, sites: list[Site]) -> dict[int, nn.Module]:
         """One prompt module for every chosen layer."""
         chosen = choose_layers(self.layers, len(sites))
-        device = next(sites[0].layer.parameters()).device
-        dtype = torch.promote_types(sites[0].dtype, torch.float32)
-        if self.reparam == "mlp":
-            shapes = [(sites[i].heads, sites[i].head_dim) for i in chosen]
-            encoder = PrefixEncoder(self.length, sites[0].width, self.hidden, shapes).to(device, dtype)
-            return {i: EncodedPrefix(encoder, n, sites[i], owner=n == 0) for n, i in enumerate(chosen)}
-        return {i: Prefix(*(x.to(device, dtype) for x in self._start(sites[i]))) for i in chosen}
+        if self.reparam is None:
+            return {i: Prefix(*(x.to(*_place(sites[i])) for x in self._start(sites[i]))) for i in chosen}
+        shapes = [(sites[i].heads, sites[i].head_dim) for i in chosen]
+        encoder = PrefixEncoder(self.length, sites[0].width, self.hidden, shapes).to(*_place(sites[0]))
+        return {i: EncodedPrefix(encoder, n, sites[i], owner=n == 0) for n, i in enumerate(chosen)}
 
-    def _start(self, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+    def _start(self, site: Site) -> tuple[Tensor, Tensor]:
         if isinstance(self.init, str):
-            key, value = INITS[self.init] * torch.randn(2, site.heads, self.length, site.head_dim)
-            return key, value
+            shape, std = (site.heads, self.length, site.head_dim), INITS[self.init]
+            return std * torch.randn(shape), std * torch.randn(shape)
         if site.recorded is None:
             raise RuntimeError("recorded: nothing; find_sites records when it is given tokens")
         return site.recorded
+
+
+def _place(site: Site) -> tuple[torch.device, torch.dtype]:
+    """The layer's device, and float32 or, for a float64 model, float64."""
+    return next(site.layer.parameters()).device, torch.promote_types(site.dtype, torch.float32)

@@ -25,6 +25,11 @@ class VPT:
     matter only as keys and values and are computed once a step, not once a sample (identity I2). Where no fresh prompt
     follows (shallow, or after the last layer of a partial depth) the rows run as tokens until the last layer.
 
+    In the vision tower of a multimodal model every image sees the prompts, also where images are packed in one sequence
+    or cut into windows (Qwen2-VL, Qwen2.5-VL; there every layer from the first chosen on must be). Prompts have no
+    position: where patches are rotated (RoPE), prompt keys are not. Of LLaVA's tower, only the layers up to the hidden
+    state named by ``config.vision_feature_layer`` get prompts, since nothing reads the others.
+
     Args:
         length: Prompts a layer, P >= 1 (the paper's default is 5; 10 to 100 are common).
         depth: ``"deep"``: all of ``layers``; ``"shallow"``: the first layer alone.
@@ -96,9 +101,15 @@ class VPT:
             projection.to(device, dtype)
         prompts: dict[int, nn.Module] = {}
         for i in chosen:
+            inserted = i < last and i + 1 not in chosen
+            if inserted and sites[i].packed:
+                raise ValueError(
+                    f"layers: got {chosen} of {last + 1}, but prompts that no next layer replaces run as tokens, which "
+                    f"a tower of packed images cannot take; expected depth='deep' with all layers from {chosen[0]} on"
+                )
             initial = _INITS[self.init](self.length, width, sites[i]).to(device, dtype)
             prompts[i] = ProjectedPrompt(
-                initial, sites[i], inserted=i < last and i + 1 not in chosen,
+                initial, sites[i], inserted=inserted,
                 projection=projection, owner=i == chosen[0], dropout=self.dropout,
             )  # fmt: skip
         return prompts
