@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "depth": "deep",
     },
     TEXT: {
-        "model": "smollm2-135m", "data": "sms-spam", "length": 8, "epochs": 30, "lr": 1e-2, "reparam": None,
+        "model": "smollm2-135m", "data": "sms-spam", "length": 8, "epochs": 12, "lr": 1e-3, "reparam": "mlp",
         "template": None, "words": {}, "max_tokens": 64, "part": "test",
     },
 }  # fmt: skip
@@ -68,8 +68,8 @@ def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--image-size", type=int, help=f"pixels a side [{DEFAULTS[IMAGE]['image_size']}]")
     group.add_argument("--depth", choices=("deep", "shallow"), help=f"[{DEFAULTS[IMAGE]['depth']}]")
     group = sub.add_argument_group("texts (--task text): PrefixKV in a causal language model")
-    group.add_argument("--reparam", choices=("mlp",), help="learn the prompts through a network (prefix tuning) [none: "
-                       "P-Tuning v2]")  # fmt: skip
+    group.add_argument("--reparam", choices=("mlp", "none"), help="mlp: learn the prompts through a network (prefix "
+                       "tuning); none: learn keys and values (P-Tuning v2) [mlp]")  # fmt: skip
     group.add_argument("--template", help="what the model reads, with {text} [the asset's own, or '{text}\\nLabel:']")
     group.add_argument("--words", type=_word, nargs="+", metavar="CLASS=WORD", help="the word that names a class "
                        "[the class name]")  # fmt: skip
@@ -132,7 +132,7 @@ def tune_command(args: argparse.Namespace) -> None:
     recipe = (
         fastprompt.VPT(args.length, args.depth, args.layers)
         if args.task == IMAGE
-        else fastprompt.PrefixKV(args.length, args.reparam, layers=args.layers)
+        else fastprompt.PrefixKV(args.length, None if args.reparam == "none" else args.reparam, layers=args.layers)
     )
     config = TuneConfig(
         epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
