@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(BIN)/fastprompt demo $(if $(FULL),--full,)
 
 test: $(VENV)/.dev
-	$(BIN)/fastprompt assets fetch dinov2-small textile
+	$(BIN)/fastprompt assets fetch dinov2-small textile smollm2-135m sms-spam
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

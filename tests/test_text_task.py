@@ -89,7 +89,7 @@ def test_templates_and_words_that_cannot_be_scored_are_refused():
     with pytest.raises(ValueError, match="the word 'fruit' is no token of its own"):
         LabelScorer(language_model(), lambda text: SimpleNamespace(input_ids=[text]), TEMPLATE, tuple(WORDS))
     with pytest.raises(ValueError, match="got a word for gas, expected classes fruit, metal"):
-        TextTask(words={"gas": "air"}).label_words(("fruit", "metal"))
+        TextTask(data="a.csv", words={"gas": "air"}).label_words(("fruit", "metal"))
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def files(tmp_path_factory):
 
 def tune_arguments(files, out, *extra):
     return [
-        "tune", "--task", "text", "--model", str(files.model), "--data", str(files.data), "--shots", "8", "--length",
-        "3", "--reparam", "none", "--epochs", "6", "--batch-size", "8", "--lr", "0.05", "--autocast", "off", "--device", "cpu", "--template",
-        TEMPLATE, "--out", str(out), *extra,
+        "tune", "--task", "text", "--model", str(files.model), "--data", str(files.data), "--template", TEMPLATE,
+        "--shots", "8", "--length", "3", "--reparam", "none", "--epochs", "6", "--batch-size", "8", "--lr", "0.05",
+        "--autocast", "off", "--device", "cpu", "--out", str(out), *extra,
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +98,16 @@ class LabelScorer(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scored:
         """Loss and class logits of prompts ``[B, T]`` that are padded on the left."""
-        # Columns that are padding in every row of this batch cost nothing.
+        logits = self.lm(**self.compact(input_ids, attention_mask), logits_to_keep=1).logits[:, -1].float()
+        loss = nn.functional.cross_entropy(logits, self.label_ids[labels])
+        return Scored(loss, logits[:, self.label_ids])
+
+    def compact(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """Arguments of the language model, without the columns that are padding in every row of the batch."""
         start = int(attention_mask.any(0).int().argmax())
         ids, mask = input_ids[:, start:], attention_mask[:, start:]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        output = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-        logits = output.logits[:, -1].float()
-        loss = nn.functional.cross_entropy(logits, self.label_ids[labels])
-        return Scored(loss, logits[:, self.label_ids])
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
 
     def encode(self, samples: Sequence[TextSample], max_tokens: int) -> EncodedTexts:
         """Put texts into the template, each cut to ``max_tokens`` tokens, and pad them on the left.
