@@ -44,6 +44,7 @@ results: $(VENV)/.dev
 	for dtype in bfloat16 float32; do for prompts in 10 100; do \
 	  $(BIN)/python -m bench.run prompt_attention --rounds 15 --set dtype=$$dtype prompts=$$prompts \
 	    --json bench/results/prompt_attention-cpu.jsonl || exit 1; done; done
+	$(BIN)/python -m bench.tune_text --out runs/text --json bench/results/tune-text.jsonl --png bench/results/tune-text.png
 	$(BIN)/python -m bench.report
 
 clean:

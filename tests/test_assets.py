@@ -312,7 +312,7 @@ def test_import_needs_neither_transformers_nor_pillow():
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["dinov2-small", "textile"])
+@pytest.mark.parametrize("name", ["dinov2-small", "textile", "smollm2-135m", "sms-spam"])
 def test_fetched_asset_is_intact_and_has_its_entry(name):
     assert assets.verify(name).is_dir()
     assert assets.entry(name).exists()

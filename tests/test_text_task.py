@@ -9,6 +9,7 @@ import torch
 from tiny_texts import WORDS, language_model, save_model, tokenizer, write_csv
 
 import fastprompt
+from bench import tune_text
 from fastprompt.cli import main
 from fastprompt.data.texts import TextSample
 from fastprompt.hf.texts import LabelScorer
@@ -195,6 +196,39 @@ def test_eval_on_other_classes_is_refused(files, tmp_path, capsys):
     other.write_text("text,label\niron,metal\nair,gas\n")
     assert main(["eval", str(out), "--data", str(other)]) == 1
     assert "expected ['fruit', 'metal']" in capsys.readouterr().err
+
+
+def test_features_of_the_baseline_are_those_of_the_prompt_alone():
+    model = scorer(dtype=torch.float64)
+    found = tune_text.features(model, model.encode(SAMPLES, 64), batch=2)
+    texts = sorted(SAMPLES, key=lambda s: len(s.text.split()))
+    for row, sample in zip(found, texts, strict=True):
+        ids = torch.tensor([tokenizer()(TEMPLATE.replace("{text}", sample.text)).input_ids])
+        torch.testing.assert_close(row, model.lm.model(input_ids=ids).last_hidden_state[0, -1], rtol=0, atol=1e-6)
+
+
+def test_linear_head_of_the_baseline_separates_and_does_not_see_the_test_labels():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    x = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    x[:, 0] += 12 * labels
+    train, test = (x[:20], labels[:20]), (x[20:], labels[20:])
+    assert tune_text.linear_head(train, test, 2) == 1.0
+    assert tune_text.linear_head(train, (test[0], 1 - test[1]), 2) == 0.0
+
+
+def test_table_and_plot_of_the_results(tmp_path):
+    common = {"words": ["a", "b"], "model": "m", "data": "d", "shots": 4, "recipe": "r"}
+    rows = [("zero-shot", [0.5, 0.5], 0), ("linear head", [0.6, 0.7], 10), ("PrefixKV", [0.8, 0.9], 1000)]
+    file = tmp_path / "results.jsonl"
+    file.write_text(
+        "".join(json.dumps({"method": m, "accuracy": a, "trainable": n, **common}) + "\n" for m, a, n in rows)
+    )
+    assert tune_text.table(file).splitlines()[2:] == [
+        "| zero-shot | 50.0 % | 0 |", "| linear head | 65.0 ± 7.1 % | 10 |", "| PrefixKV | 85.0 ± 7.1 % | 1,000 |",
+    ]  # fmt: skip
+    tune_text.plot(file, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.mark.assets
