@@ -32,6 +32,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+#: Keys and values that are learned directly want larger steps (P-Tuning v2) than the network that gives them.
+PLAIN_LR = 1e-2
+
 
 def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastprompt tune``."""
@@ -54,7 +57,7 @@ def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--layers", type=int, nargs="+", help="layers that get prompts, from 0 [all]")
     sub.add_argument("--epochs", type=int, help=by_task("epochs"))
     sub.add_argument("--batch-size", type=int, default=16, help="[%(default)s]")
-    sub.add_argument("--lr", type=float, help=by_task("lr"))
+    sub.add_argument("--lr", type=float, help=by_task("lr")[:-1] + f", with --reparam none {PLAIN_LR}]")
     sub.add_argument("--weight-decay", type=float, default=default.weight_decay, help="[%(default)s]")
     sub.add_argument("--optimizer", choices=("adamw", "sgd"), default=default.optimizer)
     sub.add_argument("--warmup", type=float, default=default.warmup, help="fraction of all steps [%(default)s]")
@@ -70,7 +73,10 @@ def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("texts (--task text): PrefixKV in a causal language model")
     group.add_argument("--reparam", choices=("mlp", "none"), help="mlp: learn the prompts through a network (prefix "
                        "tuning); none: learn keys and values (P-Tuning v2) [mlp]")  # fmt: skip
-    group.add_argument("--template", help="what the model reads, with {text} [the asset's own, or '{text}\\nLabel:']")
+    group.add_argument(
+        "--template",
+        help="what the model reads, with {text}; \\n is a line break [the asset's own, or '{text}\\nLabel:']",
+    )
     group.add_argument("--words", type=_word, nargs="+", metavar="CLASS=WORD", help="the word that names a class "
                        "[the class name]")  # fmt: skip
     group.add_argument("--max-tokens", type=int, help=f"longer texts are cut [{DEFAULTS[TEXT]['max_tokens']}]")
@@ -210,6 +216,8 @@ def _fill_in(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{option}: got a value with --task {args.task}, but it is for --task {other}; leave it out"
             )
+    if args.reparam == "none" and args.lr is None:
+        args.lr = PLAIN_LR
     for name, value in DEFAULTS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -228,8 +236,10 @@ def _task(args: argparse.Namespace) -> Any:
     )
     if args.task == IMAGE:
         return ImageTask(model, data, args.shots, args.eval_size, args.image_size, args.seed, args.cache_dir)
+    # A shell passes a line break most easily as these two characters.
+    template = args.template and args.template.replace("\\n", "\n")
     return TextTask(
-        model, data, args.shots, args.eval_size, args.part, args.template, dict(args.words), args.max_tokens,
+        model, data, args.shots, args.eval_size, args.part, template, dict(args.words), args.max_tokens,
         args.seed, args.cache_dir,
     )  # fmt: skip
 

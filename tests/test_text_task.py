@@ -10,6 +10,7 @@ from tiny_texts import WORDS, language_model, save_model, tokenizer, write_csv
 
 import fastprompt
 from bench import tune_text
+from fastprompt import cli, cli_tune
 from fastprompt.cli import main
 from fastprompt.data.texts import TextSample
 from fastprompt.hf.texts import LabelScorer
@@ -187,6 +188,18 @@ def test_text_options_are_refused_for_images(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--task", "text", "--words", "ham", "--out", str(tmp_path / "out")])
     assert "expected CLASS=WORD" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "reparam", "lr"),
+    [([], "mlp", 1e-3), (["--reparam", "none"], "none", 1e-2), (["--reparam", "none", "--lr", "0.5"], "none", 0.5)],
+)
+def test_rate_and_template_that_are_left_out_or_escaped(extra, reparam, lr):
+    command = ["tune", "--task", "text", "--out", "x", "--template", r"{text}\nLabel:", *extra]
+    args = cli._parser().parse_args(command)
+    cli_tune._fill_in(args)
+    assert (args.reparam, args.lr, args.length) == (reparam, lr, 8)
+    assert cli_tune._task(args) == TextTask(template="{text}\nLabel:")
 
 
 def test_eval_on_other_classes_is_refused(files, tmp_path, capsys):
