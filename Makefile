@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(BIN)/fastprompt demo $(if $(FULL),--full,)
 
 test: $(VENV)/.dev
-	$(BIN)/fastprompt assets fetch dinov2-small textile
+	$(BIN)/fastprompt assets fetch dinov2-small textile smollm2-135m sms-spam
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The full Triton matrix on a CUDA device, with the Python at hand (PYTHON=...), which brings its own torch and Triton.
@@ -44,6 +44,7 @@ results: $(VENV)/.dev
 	$(BIN)/fastprompt demo --full --out runs/full
 	cp runs/full/results.jsonl bench/results/demo-textile.jsonl
 	cp runs/full/results.png bench/results/demo-textile.png
+	$(BIN)/python -m bench.tune_text --out runs/text --json bench/results/tune-text.jsonl --png bench/results/tune-text.png
 	rm -f bench/results/*-$(DEVICE).jsonl
 	$(MAKE) bench
 

@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import fastprompt
+from fastprompt import cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
     AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError,
     ValueError, OSError, FloatingPointError, ImportError,
 )  # fmt: skip
-
-RUN = "run.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastprompt",
         description="Exact prompts for frozen transformers, without the wasted work.",
         epilog="examples:\n  fastprompt demo\n  fastprompt tune --data photos/ --shots 16 --out runs/photos\n"
-        "  fastprompt eval runs/photos\n  fastprompt inspect runs/photos\n  fastprompt assets fetch dinov2-small",
+        "  fastprompt tune --task text --out runs/sms\n  fastprompt eval runs/photos\n"
+        "  fastprompt inspect runs/photos\n  fastprompt assets fetch dinov2-small",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastprompt {fastprompt.__version__}")
@@ -61,17 +56,17 @@ def _parser() -> argparse.ArgumentParser:
               "fastprompt demo --out runs/demo")  # fmt: skip
     sub.add_argument("--full", action="store_true", help="three seeds and a larger evaluation set (the README's table)")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="table, log and plot go here [%(default)s]")
-    _add_cache_dir(sub)
+    cli_tune.add_cache_dir(sub)
 
-    sub = add("tune", _tune, "Tune visual prompts and a linear head on a folder of images.",
-              "fastprompt tune --data photos/ --shots 16 --length 10 --epochs 30 --out runs/photos")  # fmt: skip
-    _add_tune_arguments(sub)
+    sub = add("tune", cli_tune.tune_command, "Tune prompts on a folder of images, or on a file of labelled texts.",
+              "fastprompt tune --data photos/ --shots 16 --length 10 --epochs 30 --out runs/photos\n"
+              "  fastprompt tune --task text --data reviews.csv --out runs/reviews")  # fmt: skip
+    cli_tune.add_tune_arguments(sub)
 
-    sub = add("eval", _eval, "Evaluate a tuned run on its held-out images, or on other images of the same classes.",
+    sub = add("eval", cli_tune.eval_command,
+              "Evaluate a tuned run on its held-out examples, or on others of the same classes.",
               "fastprompt eval runs/photos --data more-photos/")  # fmt: skip
-    sub.add_argument("run", type=Path, help="the folder that `fastprompt tune --out` wrote")
-    sub.add_argument("--data", help="evaluate on all images of this folder instead (same class names)")
-    sub.add_argument("--batch-size", type=int, default=32)
+    cli_tune.add_eval_arguments(sub)
 
     sub = add("bench", _bench, "Run a benchmark case of a source checkout; what follows is for python -m bench.run.",
               "fastprompt bench prompt_attention --set prompts=10,50 mode=forward")  # fmt: skip
@@ -93,39 +88,8 @@ def _parser() -> argparse.ArgumentParser:
               "fastprompt assets fetch dinov2-small textile")  # fmt: skip
     sub.add_argument("action", nargs="?", default="list", choices=("list", "fetch", "verify", "path"))
     sub.add_argument("names", nargs="*", metavar="NAME")
-    _add_cache_dir(sub)
+    cli_tune.add_cache_dir(sub)
     return parser
-
-
-def _add_cache_dir(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--cache-dir", help="where assets are kept [~/.cache/fastprompt]")
-
-
-def _add_tune_arguments(sub: argparse.ArgumentParser) -> None:
-    from fastprompt.tuning.config import TuneConfig
-
-    default = TuneConfig(epochs=30, batch_size=16, lr=1e-2)
-    sub.add_argument("--out", type=Path, required=True, help="prompts, checkpoint, log and plot go here")
-    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    sub.add_argument("--model", default="dinov2-small", help="'dinov2-small' or a local folder [%(default)s]")
-    sub.add_argument("--data", default="textile", help="'textile' or a folder with one folder a class [%(default)s]")
-    sub.add_argument("--shots", type=int, default=16, help="training images a class [%(default)s]")
-    sub.add_argument("--eval-size", type=int, help="evaluation images, balanced over classes [all of the rest]")
-    sub.add_argument("--image-size", type=int, default=224, help="pixels a side [%(default)s]")
-    sub.add_argument("--length", type=int, default=10, help="prompts a layer [%(default)s]")
-    sub.add_argument("--depth", choices=("deep", "shallow"), default="deep")
-    sub.add_argument("--layers", type=int, nargs="+", help="layers that get prompts, from 0 [all]")
-    sub.add_argument("--epochs", type=int, default=default.epochs, help="[%(default)s]")
-    sub.add_argument("--batch-size", type=int, default=default.batch_size, help="[%(default)s]")
-    sub.add_argument("--lr", type=float, default=default.lr, help="[%(default)s]")
-    sub.add_argument("--weight-decay", type=float, default=default.weight_decay, help="[%(default)s]")
-    sub.add_argument("--optimizer", choices=("adamw", "sgd"), default=default.optimizer)
-    sub.add_argument("--warmup", type=float, default=default.warmup, help="fraction of all steps [%(default)s]")
-    sub.add_argument("--autocast", choices=("auto", "bfloat16", "off"), default="auto")
-    sub.add_argument("--save-every", type=int, default=20, help="steps between checkpoints [%(default)s]")
-    sub.add_argument("--eval-every", type=int, default=0, help="epochs between evaluations; 0 is at the end only")
-    sub.add_argument("--seed", type=int, default=0)
-    _add_cache_dir(sub)
 
 
 def _add_warmup_arguments(sub: argparse.ArgumentParser) -> None:
@@ -145,79 +109,6 @@ def _demo(args: argparse.Namespace) -> None:
     from fastprompt.demo import run
 
     run(args.out, full=args.full, cache_dir=args.cache_dir)
-
-
-def _tune(args: argparse.Namespace) -> None:
-    from fastprompt.tuning import TuneConfig, plot_log, tune
-    from fastprompt.tuning.images import ImageTask, best_autocast, head_names
-
-    # Absolute paths, so that `eval` finds them from anywhere.
-    model_name = args.model if args.model == "dinov2-small" else str(Path(args.model).resolve())
-    data = args.data if args.data == "textile" else str(Path(args.data).resolve())
-    task = ImageTask(model_name, data, args.shots, args.eval_size, args.image_size, args.seed, args.cache_dir)
-    recipe = fastprompt.VPT(args.length, args.depth, args.layers)
-    autocast = {"auto": best_autocast(), "off": None}.get(args.autocast, args.autocast)
-    config = TuneConfig(
-        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
-        optimizer=args.optimizer, warmup=args.warmup, autocast=autocast, seed=args.seed,
-        save_every=args.save_every, eval_every=args.eval_every,
-    )  # fmt: skip
-    classes = task.images().classes
-    model = task.build_model(len(classes))
-    handle = fastprompt.attach(model, recipe, tower="vision", train=head_names(model))
-    train_set, eval_set = task.split(model)
-    print(f"{handle!r}\n{len(train_set)} training and {len(eval_set)} evaluation images of {', '.join(classes)}")
-    about: dict[str, str | int] = {
-        "recipe": repr(recipe), "model": task.model, "data": task.data, "shots": task.shots,
-        "image_size": task.image_size, "classes": ", ".join(classes),
-    }  # fmt: skip
-    result = tune(
-        model, handle, train_set, eval_set, config=config, out_dir=args.out, resume=args.resume, about=about
-    )  # fmt: skip
-    run = {"task": asdict(task), "classes": list(classes), "autocast": autocast, "fastprompt": fastprompt.__version__}
-    (args.out / RUN).write_text(json.dumps(run, indent=2))
-    took = "was finished" if math.isnan(result.seconds_per_step) else f"{result.seconds_per_step:.3f} s a step"
-    print(f"{result.steps} steps, {took}, train loss {result.train_loss:.4f}")
-    _print_accuracy(result.evaluation, classes)
-    print(f"saved: {args.out}/prompts.safetensors, log.jsonl")
-    if find_spec("matplotlib"):
-        plot_log(args.out / "log.jsonl", args.out / "curves.png")
-        print(f"plotted: {args.out}/curves.png")
-    else:
-        print('no plot: matplotlib is not installed (pip install "fastprompt[demo]")')
-
-
-def _print_accuracy(result: Any, classes: Any) -> None:
-    print(f"accuracy {100 * result.accuracy:.1f} % on {result.n} images (loss {result.loss:.4f})")
-    for name, accuracy in zip(classes, result.class_accuracy, strict=True):
-        print(f"  {name:<20} {100 * accuracy:5.1f} %")
-
-
-def _eval(args: argparse.Namespace) -> None:
-    from fastprompt.data import ImageDataset, ImageFolder
-    from fastprompt.hf.images import image_transform
-    from fastprompt.tuning import evaluate
-    from fastprompt.tuning.images import ImageTask
-
-    file = args.run / RUN
-    if not file.is_file():
-        raise FileNotFoundError(f"run: no {file}, expected a folder that `fastprompt tune --out` finished")
-    try:
-        run = json.loads(file.read_text())
-        task, classes, autocast = ImageTask(**run["task"]), run["classes"], run["autocast"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file}: damaged ({error!r}), expected what `fastprompt tune` writes") from error
-    model = task.build_model(len(classes))
-    fastprompt.load(model, args.run)
-    if args.data:
-        folder = ImageFolder(args.data)
-        if list(folder.classes) != classes:
-            raise DataError(f"data: got classes {list(folder.classes)}, expected {classes}, those of the run")
-        images = ImageDataset(folder.samples, folder.classes, image_transform(model, task.image_size))
-        examples = images.load_all()
-    else:
-        _, examples = task.split(model)
-    _print_accuracy(evaluate(model, examples, batch_size=args.batch_size, autocast=autocast), classes)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -241,7 +132,8 @@ def _info(args: argparse.Namespace) -> None:
     from fastprompt.tuning.images import best_autocast
 
     print(f"fastprompt {fastprompt.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "transformers", "triton", "safetensors", "numpy", "pillow", "onnx", "matplotlib"):
+    packages = ("torch", "transformers", "triton", "safetensors", "numpy", "pillow", "onnx", "gguf", "accelerate")
+    for package in (*packages, "matplotlib"):
         try:
             print(f"  {package:<13} {version(package)}")
         except PackageNotFoundError:
@@ -251,7 +143,7 @@ def _info(args: argparse.Namespace) -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cuda: {', '.join(gpus) or 'none'}")
     device = "cuda" if gpus else "cpu"
-    x, row = torch.zeros(1, 1, 1, 8, device=device), torch.zeros(1, 1, 1, device=device)
+    x, row = torch.zeros(1, 1, 1, 64, device=device), torch.zeros(1, 1, 1, device=device)
     print(f"operations on {device}:")
     for op, inputs in ((fastprompt.ops.prompt_attention, (x,) * 5), (fastprompt.ops.merge_states, (x, row, x, row))):
         try:

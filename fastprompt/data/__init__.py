@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image folders and downloadable assets."""
+"""Image folders, files of texts, and downloadable assets."""
 
 from fastprompt.data.assets import ASSETS, Asset, AssetStatus
 from fastprompt.data.images import DecodedImages, ImageDataset, ImageFolder, Sample, few_shot, textile
+from fastprompt.data.texts import Texts, TextSample, few_shot_texts, read_texts, sms_spam
 
 __all__ = [
     "ASSETS",
@@ -12,6 +13,11 @@ __all__ = [
     "ImageDataset",
     "ImageFolder",
     "Sample",
+    "TextSample",
+    "Texts",
     "few_shot",
+    "few_shot_texts",
+    "read_texts",
+    "sms_spam",
     "textile",
 ]

@@ -113,6 +113,19 @@ _TABLE = (
         entry="open_clip/bpe_simple_vocab_16e6.txt.gz",
         members="open_clip/bpe_simple_vocab_16e6.txt.gz",
     ),
+    Asset(
+        name="sms-spam",
+        package="textdescriptives",
+        version="2.8.4",
+        sha256="de97af21c622918196523f0692059c0680a8afe0ca4a63d41bd0789c69899d78",
+        size_mb=0.3,
+        licence="Apache-2.0",
+        what="SMS Spam Collection: 5,572 text messages labelled ham or spam (CSV)",
+        attribution="Almeida et al., doi:10.1145/2034691.2034742 (UCI repository); CSV by the textdescriptives authors",
+        content_licence="CC BY 4.0",
+        entry="textdescriptives/data/spam.csv",
+        members="textdescriptives/data/spam.csv",
+    ),
 )
 
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _TABLE}

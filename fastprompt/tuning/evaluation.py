@@ -54,8 +54,8 @@ def evaluate(
     """Measure a classifier in eval mode without gradients; the model and torch's generators are left as they were.
 
     Args:
-        model: called as ``model(pixel_values=..., labels=...)``, returns an object with ``.loss`` (a mean over the
-            batch) and ``.logits`` ``[B, C]``.
+        model: called as ``model(**batch)``, returns an object with ``.loss`` (a mean over the batch) and ``.logits``
+            ``[B, C]``.
         dataset: examples as dictionaries of tensors with ``labels``.
         batch_size: examples a batch.
         autocast: ``"bfloat16"`` or None for the model's own types (default None).
@@ -86,7 +86,7 @@ def evaluate(
     correct = count = torch.zeros(0, dtype=torch.int64)
     # A model that draws random numbers even here must not change what is drawn after.
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng(cuda_devices(model)):
-        with progress_bar("evaluate", n, unit="image", shown=progress, leave=False) as bar:
+        with progress_bar("evaluate", n, unit="example", shown=progress, leave=False) as bar:
             for start in range(0, n, batch_size):
                 indices = range(start, min(start + batch_size, n))
                 batch = load_batch(dataset, indices, device)

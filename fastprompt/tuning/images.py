@@ -90,6 +90,8 @@ def head_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(heads)
 
 
-def best_autocast() -> Literal["bfloat16"] | None:
-    """``"bfloat16"`` where the CPU computes in it, None elsewhere."""
+def best_autocast(device: str = "cpu") -> Literal["bfloat16"] | None:
+    """``"bfloat16"`` where the device computes in it, None elsewhere."""
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return "bfloat16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
