@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed prompt attention under autograd, autocast, torch.compile and opcheck."""
 
+import sys
+
 import pytest
 import torch
 from attention_cases import ALL, DTYPES, HALF, PROMPTS_ONLY, compiled_equals_eager, leaves
@@ -9,6 +11,9 @@ from varlen_cases import IMPLS, LENGTHS, ends, grads_of, make, run
 
 from fastprompt.ops import prompt_attention_varlen
 from fastprompt.ops.cpu import prompt_attention_varlen as cpu
+
+# The name in the package is the function's.
+module = sys.modules["fastprompt.ops.prompt_attention_varlen"]
 
 CASES = {
     "shared": ({}, {}),
@@ -123,6 +128,19 @@ def test_opcheck(case, dtype):
     order = ("prompt_index", "max_seqlen", "is_causal", "scale")
     arguments = (*leaves(inputs), cu_seqlens, *(kwargs[name] for name in order), "cpu")
     torch.library.opcheck(torch.ops.fastprompt.prompt_attention_varlen.default, arguments)
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out and lse"])
+def test_gradients_have_the_strides_that_the_fake_promises(with_lse):
+    inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in make(torch.float32, bank=5)]
+    cu_seqlens, (grad_out, grad_lse) = ends(LENGTHS), grads_of(inputs, with_lse)
+    out, lse = torch.ops.fastprompt.prompt_attention_varlen(*inputs, cu_seqlens, None, 7, False, 0.25, "cpu")
+    arguments = [grad_out, grad_lse, *inputs, cu_seqlens, None, out, lse]
+    tail = (7, False, 0.25, list(ALL), "cpu")
+    real = torch.ops.fastprompt.prompt_attention_varlen_backward(*arguments, *tail)
+    on_meta = (None if x is None else x.to("meta") for x in arguments)
+    fake = module._fake_backward(*on_meta, *tail)
+    assert [x.stride() for x in real] == [x.stride() for x in fake] == [x.stride() for x in inputs]
 
 
 @each_case
