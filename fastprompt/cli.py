@@ -129,6 +129,7 @@ def _info(args: argparse.Namespace) -> None:
     import torch
 
     from fastprompt.data import assets
+    from fastprompt.ops.dispatch import tuned_file
     from fastprompt.tuning.images import best_autocast
 
     print(f"fastprompt {fastprompt.__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -145,12 +146,20 @@ def _info(args: argparse.Namespace) -> None:
     device = "cuda" if gpus else "cpu"
     x, row = torch.zeros(1, 1, 1, 64, device=device), torch.zeros(1, 1, 1, device=device)
     print(f"operations on {device}:")
-    for op, inputs in ((fastprompt.ops.prompt_attention, (x,) * 5), (fastprompt.ops.merge_states, (x, row, x, row))):
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    ops = fastprompt.ops
+    for op, inputs in (
+        (ops.prompt_attention, (x,) * 5),
+        (ops.prompt_attention_varlen, (*(x[0],) * 5, ends)),
+        (ops.merge_states, (x, row, x, row)),
+    ):
         try:
             shown = str(fastprompt.explain(op, *inputs))
         except (ImplUnavailableError, ValueError) as error:
             shown = str(error)
         print("  " + shown.replace("\n", "\n  "))
+    if tuned_file().exists():
+        print(f"triton tiles: {tuned_file()}")
     print("assets: " + ", ".join(f"{s.asset.name} ({s.state})" for s in assets.status()))
 
 

@@ -191,7 +191,7 @@ def test_a_damaged_run_file_is_a_clear_error(tmp_path, capsys):
 
 
 def test_info_reports_an_implementation_that_cannot_run(monkeypatch, capsys):
-    monkeypatch.setattr("fastprompt.config.IMPL", "triton")
+    monkeypatch.setattr("fastprompt.config.IMPL", "cpp")
     assert main(["info"]) == 0
     assert "cannot run prompt_attention" in capsys.readouterr().out
 
