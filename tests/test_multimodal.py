@@ -209,7 +209,10 @@ def test_handles_are_detached_in_any_order(name, towers, first):
         last = 1 - first
         trainable = {id(p) for h in handles for p in h.parameters()}
         assert {id(p) for p in model.parameters() if p.requires_grad} == trainable
+        attention = {t: choose_tower(model, t).module.config for t in towers}
         handles[first].detach()
+        assert attention[towers[first]]._attn_implementation == "sdpa"
+        assert attention[towers[last]]._attn_implementation == "fastprompt"
         # The model stays frozen, and sees what is left.
         assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in handles[last].parameters()}
         modes = {m: m.training for m in model.modules()}

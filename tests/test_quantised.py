@@ -99,7 +99,7 @@ def test_a_prefix_moves_between_a_float_base_and_its_packed_form(tmp_path):
     """Shapes are compared; packed weights have no values to compare."""
     fastprompt.attach(build("Llama"), PrefixKV(5, init="ptuning")).save(tmp_path / "float")
     model = packed(build("Llama"), Packed)
-    fastprompt.load(model, tmp_path / "float").save(tmp_path / "packed")
+    fastprompt.load(model, tmp_path / "float").bake().save(tmp_path / "packed")
     want = logits(model, sentences())
     again = packed(build("Llama"), Packed)
     fastprompt.load(again, tmp_path / "packed")

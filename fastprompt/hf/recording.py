@@ -170,15 +170,13 @@ class Recorder:
                         projection.norm, projection.norm_before_split = norm, a.dim() == 3
                 return projection, x
         if value.columns is not None:
-            # A fused projection: the block of the values' layout whose rows have the norms of the recorded keys.
-            norms = key[0].norm(dim=-1)
-            y = next(y for module, _, y in reversed(self.calls) if module is value.linear)
-            for block in (value.heads * key.shape[3], key.shape[3]):
-                for shift in (block, 2 * block):
-                    columns = value.columns - shift
-                    projection = Projection(value.linear, columns, key.shape[1])
-                    if columns.min() >= 0 and _near(projection.split(_rows(y)).norm(dim=-1), norms, rotated=True):
-                        return projection, next(x for m, x, _ in reversed(self.calls) if m is value.linear)
+            # A fused projection, [q; k; v] as a whole or a head: keys stand before values, and rotation keeps norms.
+            x, y = next((x, y) for module, x, y in reversed(self.calls) if module is value.linear)
+            for shift in (value.heads * key.shape[3], key.shape[3]):
+                projection = Projection(value.linear, value.columns - shift, key.shape[1])
+                found = projection.split(_rows(y)).norm(dim=-1)
+                if _near(found, key[0].norm(dim=-1), rotated=True):
+                    return projection, x
         linears = ", ".join(n for m, n in names.items() if isinstance(m, nn.Linear)) or "none"
         raise Missing(f"keys are rotated and no projection is named k_proj, key, to_k or k (linear layers: {linears})")
 
