@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M on real text messages: accuracy before and after ``fastprompt tune --task text``, and of a linear head.
 
-``python -m bench.tune_text --out runs/text --json FILE --png FILE``. Settings were chosen on the validation texts of
-seed 0; no seed trains on a test text.
+``python -m bench.tune_text --out runs/text --json FILE --png FILE``. No seed trains on a test text; how settings were
+chosen is told in bench/results/README.md.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def files(tmp_path_factory):
 def tune_arguments(files, out, *extra):
     return [
         "tune", "--task", "text", "--model", str(files.model), "--data", str(files.data), "--template", TEMPLATE,
-        "--shots", "8", "--length", "3", "--reparam", "none", "--epochs", "6", "--batch-size", "8", "--lr", "0.05",
+        "--shots", "8", "--length", "3", "--epochs", "6", "--batch-size", "8", "--lr", "0.05",
         "--autocast", "off", "--device", "cpu", "--out", str(out), *extra,
     ]  # fmt: skip
 
@@ -192,7 +192,7 @@ def test_text_options_are_refused_for_images(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("extra", "reparam", "lr"),
-    [([], "mlp", 1e-3), (["--reparam", "none"], "none", 1e-2), (["--reparam", "none", "--lr", "0.5"], "none", 0.5)],
+    [([], "none", 1e-2), (["--reparam", "mlp"], "mlp", 1e-3), (["--reparam", "mlp", "--lr", "0.5"], "mlp", 0.5)],
 )
 def test_rate_and_template_that_are_left_out_or_escaped(extra, reparam, lr):
     command = ["tune", "--task", "text", "--out", "x", "--template", r"{text}\nLabel:", *extra]

@@ -98,7 +98,9 @@ class LabelScorer(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scored:
         """Loss and class logits of prompts ``[B, T]`` that are padded on the left."""
-        logits = self.lm(**self.compact(input_ids, attention_mask), logits_to_keep=1).logits[:, -1].float()
+        # An index, not a count: torch multiplies a strided slice with a frozen head by copying the head for every row.
+        last = torch.tensor([-1], device=input_ids.device)
+        logits = self.lm(**self.compact(input_ids, attention_mask), logits_to_keep=last).logits[:, -1].float()
         loss = nn.functional.cross_entropy(logits, self.label_ids[labels])
         return Scored(loss, logits[:, self.label_ids])
 
