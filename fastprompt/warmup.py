@@ -80,11 +80,11 @@ def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] 
 
     timer = timer or triton.testing.do_bench
     step = _forward_backward(shape.tensors(device), shape)
-    itemsize, padded = shape.dtype.itemsize, configs.padded(shape.head_dim)
+    itemsize, dim = shape.dtype.itemsize, shape.head_dim
     found = {}
     for kernel in tqdm(configs.KERNELS, "kernels", leave=False):
-        name = configs.slot(kernel, itemsize, padded)
-        shipped = configs.choose(kernel, itemsize, padded, 1 << 20, 1 << 20)
+        name = configs.slot(kernel, itemsize, dim)
+        shipped = configs.choose(kernel, itemsize, dim, 1 << 20, 1 << 20)
         times: dict[configs.Config, float] = {}
         for config in dict.fromkeys((shipped, *configs.CANDIDATES[kernel])):
             with configs.override(name, config):

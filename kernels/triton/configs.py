@@ -29,9 +29,11 @@ KERNELS = ("forward", "query", "key_value", "prompt")
 #: What the interpreter runs, and tests with it: small, so that few numbers still make several ragged tiles.
 PINNED = Config(rows=32, keys=32, warps=4, stages=1)
 
-#: (kernel, bytes of an element) -> the largest padded head size a configuration serves -> configuration.
+#: (kernel, bytes of an element) -> the largest head size a configuration serves -> configuration.
 TABLE: dict[tuple[str, int], dict[int, Config]] = {
-    ("forward", 2): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    ("forward", 2): {
+        64: Config(128, 64, 8, 3), 96: Config(128, 32, 8, 1), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2),
+    },
     ("query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
     ("key_value", 2): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
     ("prompt", 2): {64: Config(32, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
@@ -39,7 +41,7 @@ TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("query", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     ("key_value", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     ("prompt", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
-}
+}  # fmt: skip
 
 #: What `fastprompt warmup --tune` tries for each kernel in half precision, beside the shipped configuration.
 CANDIDATES: dict[str, tuple[Config, ...]] = {
@@ -64,22 +66,22 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
 _tuned: dict[str, Config] = {}
 
 
-def slot(kernel: str, itemsize: int, padded_dim: int) -> str:
+def slot(kernel: str, itemsize: int, dim: int) -> str:
     """The name under which a tuned configuration is kept."""
-    return f"{kernel}-{8 * itemsize}bit-d{padded_dim}"
+    return f"{kernel}-{8 * itemsize}bit-d{dim}"
 
 
-def choose(kernel: str, itemsize: int, padded_dim: int, rows: int, keys: int, masked: bool = False) -> Config:
+def choose(kernel: str, itemsize: int, dim: int, rows: int, keys: int, masked: bool = False) -> Config:
     """The configuration of a kernel, its tile no larger than the (padded) problem.
 
     A mask takes registers for a tile of addresses and values; a smaller tile makes room for them.
     """
-    config = _tuned.get(slot(kernel, itemsize, padded_dim))
+    config = _tuned.get(slot(kernel, itemsize, dim))
     if config is None:
-        config = next(c for largest, c in TABLE[kernel, itemsize].items() if padded_dim <= largest)
+        config = next(c for largest, c in TABLE[kernel, itemsize].items() if dim <= largest)
     if masked:
         config = config._replace(rows=max(16, config.rows // 2))
-        if padded_dim > 64:
+        if dim > 64:
             if kernel == "forward":
                 config = config._replace(keys=max(16, config.keys // 2))
             elif kernel == "key_value":

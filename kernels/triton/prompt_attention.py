@@ -73,7 +73,7 @@ class Problem:
         if INTERPRET:
             return configs.fit(configs.PINNED, rows, keys)
         masked = self.mask is not None and kernel != "prompt"
-        return configs.choose(kernel, self.query.element_size(), self.dim["BLOCK_D"], rows, keys, masked)
+        return configs.choose(kernel, self.query.element_size(), self.query.shape[3], rows, keys, masked)
 
     def inputs(self) -> dict[str, object]:
         """What both kernels that loop over keys read."""
