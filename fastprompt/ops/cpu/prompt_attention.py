@@ -48,13 +48,52 @@ def _mask(query: Tensor, tk: int, prompts: int, attn_mask: Tensor | None, is_cau
     return None if mask is None else pad(mask, (prompts, 0))
 
 
-def _join(prompt: Tensor, prompt_index: Tensor | None, instance: Tensor, groups: int) -> Tensor:
-    """Keys (or values) of one flash call: ``[B,Hq,P+Tk,D]``."""
-    if prompt.shape[-2]:
-        prompt = prompt.to(instance.dtype)
-        prompt = prompt[prompt_index] if prompt_index is not None else prompt.expand(len(instance), -1, -1, -1)
-        instance = torch.cat([prompt, instance], dim=2)
-    return instance.repeat_interleave(groups, dim=1) if groups > 1 else instance
+def _join(prompt: Tensor, prompt_index: Tensor | None, instance: Tensor) -> Tensor:
+    """Keys (or values) of prompts and instances: ``[B,Hkv,P+Tk,D]``."""
+    if not prompt.shape[-2]:
+        return instance
+    prompt = prompt.to(instance.dtype)
+    prompt = prompt[prompt_index] if prompt_index is not None else prompt.expand(len(instance), -1, -1, -1)
+    return torch.cat([prompt, instance], dim=2)
+
+
+class _Groups:
+    """How grouped queries become the equal heads that PyTorch's flash kernels want.
+
+    The query heads of a key head are more rows of one head, unless that would copy more numbers of a mask than
+    repeating the keys copies: then keys are repeated.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None):
+        batch, heads, self.tq, dim = query.shape
+        self.heads_kv = key.shape[1]
+        self.count = heads // self.heads_kv
+        per_row = mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1)
+        fits = not per_row or mask is None or len(mask) * self.count * self.tq <= batch * heads * dim
+        self.fold = self.count > 1 and fits
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``[B,Hq,Tq,...]`` as flash takes it."""
+        return x.unflatten(1, (self.heads_kv, self.count)).flatten(2, 3) if self.fold else x
+
+    def keys(self, x: Tensor) -> Tensor:
+        """``[B,Hkv,K,D]`` as flash takes it."""
+        return x if self.fold or self.count == 1 else x.repeat_interleave(self.count, dim=1)
+
+    def mask(self, mask: Tensor | None) -> Tensor | None:
+        """``[B|1,Hq|1,Tq|1,K]`` as flash takes it."""
+        if mask is None or not self.fold or mask.shape[1] == mask.shape[2] == 1:
+            return mask
+        per_head = mask.expand(-1, self.heads_kv * self.count if mask.shape[1] > 1 else self.count, self.tq, -1)
+        return per_head.unflatten(1, (-1, self.count)).flatten(2, 3)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The reverse of `rows`."""
+        return x.unflatten(2, (self.count, self.tq)).flatten(1, 2) if self.fold else x
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Gradients of what `keys` gave, summed for every key head."""
+        return x if self.fold or self.count == 1 else x.unflatten(1, (self.heads_kv, self.count)).sum(2)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -80,10 +119,11 @@ def forward(
     if batch * heads * tq * dim == 0 or prompts + tk == 0:
         out = query.new_zeros(batch, tq, heads, dim).transpose(1, 2)
         return out, torch.full((batch, heads, tq), -torch.inf, dtype=lse_dtype)
-    groups = heads // key.shape[1]
     mask = _mask(query, tk, prompts, attn_mask, is_causal)
-    operands = (query, _join(prompt_key, prompt_index, key, groups), _join(prompt_value, prompt_index, value, groups))
-    out, lse = _flash(*map(dense_rows, operands), attn_mask=mask, scale=scale)
+    groups = _Groups(query, key, mask)
+    joined = (_join(p, prompt_index, x) for p, x in ((prompt_key, key), (prompt_value, value)))
+    operands = (groups.rows(query), *map(groups.keys, joined))
+    out, lse = map(groups.of_rows, _flash(*map(dense_rows, operands), attn_mask=groups.mask(mask), scale=scale))
     if mask is not None and not prompts:
         dead = (mask == -torch.inf).all(dim=-1).expand(batch, heads, tq)
         out = out.masked_fill(dead.unsqueeze(-1), 0.0)
@@ -156,21 +196,22 @@ def _level(mask: Tensor | None, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor
 def _by_flash(grad_out, inputs, prompt_index, mask, out, lse, scale, grads) -> None:
     """Write the gradients by PyTorch's flash backward over joined keys; summed over samples in float32."""
     query, key, value, prompt_key, prompt_value = inputs
-    batch, heads_kv, prompts = len(query), key.shape[1], prompt_key.shape[-2]
-    groups = query.shape[1] // heads_kv
-    keys, values = _join(prompt_key, prompt_index, key, groups), _join(prompt_value, prompt_index, value, groups)
+    batch, prompts = len(query), prompt_key.shape[-2]
+    groups = _Groups(query, key, mask)
+    joined = [groups.keys(_join(p, prompt_index, x)) for p, x in ((prompt_key, key), (prompt_value, value))]
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 for a row that sees nothing
-    rows = map(dense_rows, (grad_out, query, keys, values))
-    dq, *joined = _flash_backward(*rows, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+    rows = map(dense_rows, (groups.rows(grad_out), groups.rows(query), *joined))
+    state = (groups.rows(out), groups.rows(lse))
+    dq, *both = _flash_backward(*rows, *state, 0.0, False, attn_mask=groups.mask(mask), scale=scale)
     if grads[0] is not None:
+        dq = groups.of_rows(dq)
         grads[0] = dq if dq.stride() == grads[0].stride() else grads[0].copy_(dq)
-    for grad, prompt_grad, both in zip(grads[1:3], grads[3:5], joined, strict=True):
-        both = both.unflatten(1, (heads_kv, groups)).sum(2) if groups > 1 else both
+    for grad, prompt_grad, found in zip(grads[1:3], grads[3:5], map(groups.of_keys, both), strict=True):
         if grad is not None:
-            grad.copy_(both[:, :, prompts:])
+            grad.copy_(found[:, :, prompts:])
         if prompt_grad is not None:
             for g, samples in _prompt_groups(prompt_index, len(prompt_grad), batch):
-                prompt_grad[g] = both[samples, :, :prompts].sum(0)
+                prompt_grad[g] = found[samples, :, :prompts].sum(0)
 
 
 def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
