@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from bench.rows import Row, key, read, settings
+from bench.rows import Row, key, read, results_file, settings
 
 
 def verdict(before: Row, after: Row) -> tuple[float | None, str]:
@@ -23,8 +22,8 @@ def verdict(before: Row, after: Row) -> tuple[float | None, str]:
 def main(argv: list[str] | None = None) -> int:
     """Print a line for every row of both files; 1 if one got slower than the threshold or no longer runs."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=results_file)
+    parser.add_argument("after", type=results_file)
     parser.add_argument("--threshold", type=float, help="exit 1 if a row got slower by more than this factor")
     args = parser.parse_args(argv)
     before, after = ({key(r): r for r in read(file)} for file in (args.before, args.after))

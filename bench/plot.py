@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from textwrap import fill
 
-from bench.rows import Row, by_params, read, settings, varying
+from bench.rows import Row, by_params, read, results_file, settings, varying
 
 
 def plot(rows: list[Row], out: Path) -> None:
@@ -57,7 +57,7 @@ def _bars(panel, group: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Read the files and write the PNG."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("files", type=results_file, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     plot([row for file in args.files for row in read(file)], args.out)

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from bench.rows import RESULTS, by_params, read
 from bench.run import names
@@ -33,27 +37,54 @@ def demo_block() -> str:
 
 
 def vpt_step_block() -> str:
-    """The whole-step benchmark, one row a provider."""
-    lines = [
-        "| form | s a step | against published | against the floor | peak memory of a step |",
-        "|---|---|---|---|---|",
-    ]
-    rows = {r["provider"]: r for r in read(RESULTS / "vpt_step-cpu.jsonl")}
-    floor = rows["floor"]["ratio_p50"]
+    """The step of deep visual prompts."""
     names = {
         "published": "published: tokens inserted",
         "kv_concat": "keys and values computed once, concatenated (SDPA)",
         "fastprompt": "**fastprompt**",
         "floor": "floor: no prompts",
     }
+    p, lines = step_table("vpt_step", names)
+    return f"{p['prompts']} prompts in each of {p['layers']} layers:\n\n{lines}"
+
+
+def prefix_step_block() -> str:
+    """The step of prefix tuning in bfloat16."""
+    names = {
+        "peft": "PEFT prefix tuning: a key-value cache",
+        "kv_concat": "keys and values concatenated in every layer (SDPA)",
+        "fastprompt": "**fastprompt**",
+        "floor": "floor: no prefix",
+    }
+    p, lines = step_table("prefix_step", names, dtype="bfloat16", checkpointing=0)
+    return f"{p['prompts']} prompts in each of {p['layers']} layers, {p['batch']} x {p['tokens']} tokens:\n\n{lines}"
+
+
+def step_table(case: str, names: dict[str, str], **params: Any) -> tuple[dict[str, Any], str]:
+    """Parameters of a whole-step benchmark on the CPU, and its table: each provider against the first and the floor."""
+    found = [r for r in read(RESULTS / f"{case}-cpu.jsonl") if params.items() <= r["params"].items()]
+    rows = {r["provider"]: r for r in found}
+    first, floor = (rows[name]["ratio_p50"] for name in (next(iter(names)), "floor"))
+    head = ("form", "s a step", f"against {next(iter(names))}", "against the floor", "peak memory of a step")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for provider, name in names.items():
         r = rows[provider]
-        lines.append(
-            f"| {name} | {r['p50_s']:.2f} | {r['ratio_p50']:.2f}x | {r['ratio_p50'] / floor:.2f}x | "
-            f"{r['peak_bytes'] / 2**20:,.0f} MiB |"
-        )
-    params = rows["floor"]["params"]
-    return f"{params['prompts']} prompts in each of {params['layers']} layers:\n\n" + "\n".join(lines)
+        ratios = f"{r['ratio_p50'] / first:.2f}x | {r['ratio_p50'] / floor:.2f}x"
+        lines.append(f"| {name} | {r['p50_s']:.2f} | {ratios} | {r['peak_bytes'] / 2**20:,.0f} MiB |")
+    return rows["floor"]["params"], "\n".join(lines)
+
+
+def tune_text_block() -> str:
+    """Accuracy on text before and after, in one sentence."""
+    rows = {r["method"]: r for r in map(json.loads, (RESULTS / "tune-text.jsonl").read_text().splitlines())}
+    values = {name: 100 * np.asarray(r["accuracy"]) for name, r in rows.items()}
+    spread = {name: f"{v.mean():.1f} ± {v.std(ddof=1):.1f} %" for name, v in values.items()}
+    r = rows["PrefixKV"]
+    return (
+        f"`fastprompt tune --task text`, {r['model']} on the {r['data']}, {r['shots']} messages a class, "
+        f"{len(r['seeds'])} seeds:\n{values['zero-shot'].mean():.1f} % before, {spread['PrefixKV']} after; "
+        f"a linear head on the frozen features, {spread['linear head']}."
+    )
 
 
 def cases_block() -> str:
@@ -82,8 +113,9 @@ def results_block() -> str:
 def written() -> dict[Path, str]:
     """The two files with their tables as the results are now."""
     found = {}
+    steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block}
     for file, blocks in (
-        (ROOT / "README.md", {"demo": demo_block, "vpt_step": vpt_step_block}),
+        (ROOT / "README.md", {"demo": demo_block, "tune_text": tune_text_block, **steps}),
         (RESULTS / "README.md", {"cases": cases_block, "results": results_block}),
     ):
         found[file] = file.read_text()

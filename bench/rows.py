@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def results_file(text: str) -> Path:
+    """A command-line argument that names a file which is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"got {text}, expected a file that bench.run --json wrote")
+    return Path(text)
+
 
 #: A line of a results file.
 Row = dict[str, Any]

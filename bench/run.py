@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these and the baseline")
     parser.add_argument("--memory-of", metavar="PROVIDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but PyTorch sees no CUDA device; use --device cpu")
     header = machine(args.device)
     wrong = False
     for params in grid(args.set):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastprompt.errors import ImplUnavailableError
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.dispatch import choose, tuned_file
 
@@ -30,18 +31,26 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     is_causal: bool = False
 
-    def tensors(self, device: str) -> list[Tensor]:
-        """The five inputs, random, as leaves."""
+    def __post_init__(self):
+        for name in ("batch", "heads", "heads_kv", "tokens", "head_dim", "prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+
+    def tensors(self, device: str, prompts: torch.dtype | None = None) -> list[Tensor]:
+        """The five inputs, random, as leaves; prompts in their own dtype if it is given."""
         heads = (self.heads, self.heads_kv, self.heads_kv)
         sizes: list[tuple[int, ...]] = [(self.batch, h, self.tokens, self.head_dim) for h in heads]
         sizes += [(self.heads_kv, self.prompts, self.head_dim)] * 2
-        return [torch.randn(size, device=device).to(self.dtype).requires_grad_() for size in sizes]
+        dtypes = [self.dtype] * 3 + [prompts or self.dtype] * 2
+        return [torch.randn(s, device=device).to(d).requires_grad_() for s, d in zip(sizes, dtypes, strict=True)]
 
 
 def warmup(shape: Shape, device: str = "cuda") -> None:
-    """Run forward and backward once through the Triton kernels, so that no later step compiles these.
+    """Run forward and backward once through the Triton kernels, with gradients of all five inputs and no mask.
 
-    Compiled kernels are kept on disk by Triton, so one call serves later processes on the same machine.
+    Prompts come in the dtype of the query and in float32, as trained ones do. Compiled kernels are kept on disk by
+    Triton, so one call serves later processes on the same machine. Masks, packed sequences and prompt banks are
+    variants of their own and compile when they are first used.
 
     Args:
         shape: What to run; a kernel is compiled for a dtype, a head size, and the padded sizes of its tiles.
@@ -50,9 +59,9 @@ def warmup(shape: Shape, device: str = "cuda") -> None:
     Raises:
         ImplUnavailableError: Triton cannot run there; the message lists every reason.
     """
-    inputs = shape.tensors(device)
-    choose("prompt_attention", inputs, "triton")
-    _forward_backward(inputs, shape)()
+    _check(shape, device)
+    for prompts in dict.fromkeys((shape.dtype, torch.float32)):
+        _forward_backward(shape.tensors(device, prompts), shape)()
 
 
 def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] | None = None) -> Path:
@@ -72,7 +81,9 @@ def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] 
     Raises:
         ImplUnavailableError: Triton cannot run there.
     """
-    warmup(shape, device)
+    _check(shape, device)
+    if timer is None and torch.device(device).type != "cuda":
+        raise ImplUnavailableError(f"device: got {device!r}; tiles are tuned for a GPU, expected a CUDA device")
     import triton
     from triton.runtime.errors import OutOfResources
 
@@ -97,6 +108,24 @@ def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] 
     configs.save(tuned_file(), found)
     configs.load(tuned_file())
     return tuned_file()
+
+
+def _check(shape: Shape, device: str) -> None:
+    """Raise with every reason why Triton cannot run there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected a PyTorch device such as 'cuda'") from error
+    there = kind != "cuda" or torch.cuda.is_available()
+    # One number serves: what decides is device, dtype and head size.
+    probe = torch.zeros(1, 1, 1, shape.head_dim, dtype=shape.dtype, device=device if there else "cpu")
+    try:
+        choose("prompt_attention", [probe], "triton")
+    except ImplUnavailableError as error:
+        hint = "" if there else f"device: got {device!r}, but PyTorch sees no CUDA device. "
+        raise ImplUnavailableError(hint + str(error)) from error
+    if not there:
+        raise ImplUnavailableError(f"device: got {device!r}, but PyTorch sees no CUDA device")
 
 
 def _forward_backward(inputs: list[Tensor], shape: Shape) -> Callable[[], tuple[Tensor, ...]]:

@@ -241,6 +241,8 @@ def test_what_is_no_model_or_no_recipe_is_a_type_error():
         fastprompt.attach(nn.Linear(2, 2), VPT(length=2))
     with untouched(model := build()), pytest.raises(TypeError, match="config: got 50, expected a recipe such as"):
         fastprompt.attach(model, 50)
+    with untouched(model), pytest.raises(TypeError, match=r"config: got .*VPT'>, expected a recipe such as"):
+        fastprompt.attach(model, VPT)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,12 @@ def test_sizes_that_do_not_fit(sizes, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("sizes", [(16, 4, 2.5), (16, "4", 2), (16, 4, True), (16, 4, 2, 2.0)], ids=str)
+def test_sizes_that_are_no_integers(sizes):
+    with pytest.raises(TypeError, match=r"(length|num_heads|num_kv_heads): got .*, expected an int"):
+        PromptAttention(*sizes)
+
+
 def test_inputs_of_another_shape():
     layer = PromptAttention(C, 4, P)
     for shape in ((T, C), (B, T, C + 1)):
@@ -271,6 +277,12 @@ def changed(**attributes):
     return plain
 
 
+def with_buffer():
+    plain = FusedAttention(C, 4)
+    plain.register_buffer("relative_position_bias", torch.zeros(3))
+    return plain
+
+
 @pytest.mark.parametrize(
     ("plain", "error", "message"),
     [
@@ -280,7 +292,12 @@ def changed(**attributes):
         (changed(gate=nn.Linear(C, C)), ValueError, "gate: Linear(in_features=16"),
         (changed(relative_bias=nn.Parameter(torch.zeros(3))), ValueError, "got parameter relative_bias, which"),
         (changed(qkv=nn.Linear(C, 24)), ValueError, "got qkv 16 -> 24, proj 16 -> 16, which"),
-        (changed(scale=1.0), ValueError, "got scale=1.0, which is not D ** -0.5"),
+        (changed(scale=1.0), ValueError, "got scale=1.0, expected 0.5, which"),
+        (changed(scale=1), ValueError, "got scale=1, expected 0.5, which"),
+        (changed(head_dim=8), ValueError, "got head_dim=8, expected 4, which"),
+        (changed(num_kv_heads=2), ValueError, "got num_kv_heads=2, expected 4, which"),
+        (changed(rope=lambda x: x), ValueError, "got rope, which"),
+        (with_buffer(), ValueError, "got buffer relative_position_bias, which"),
         (nn.Linear(4, 4), TypeError, "attention.qkv: got NoneType, expected Linear"),
         (changed(num_heads="4"), TypeError, "attention.num_heads: got str, expected int"),
     ],

@@ -134,6 +134,26 @@ def test_banks(impl, dtype, batch):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("index", [None, 0], ids=["shared", "index"])
+def test_the_gradient_of_a_shared_prompt_is_rounded_once(impl, dtype, index):
+    """Sums over many samples that were rounded on the way would be off by far more than one rounding."""
+    inputs = make(dtype, batch=256, heads=1, heads_kv=1, tq=2, tk=2, bank=1)
+    grad_out, _ = grads_of(inputs, with_lse=False)
+    kwargs = {} if index is None else {"prompt_index": torch.full((256,), index)}
+    exact, _ = oracles.prompt_attention(*inputs, grad_out, **kwargs)
+    actual = run(inputs, grad_out, impl=impl, **kwargs)
+    for got, want in zip(actual.grads[3:], exact.grads[3:], strict=True):
+        assert rms(got.double() - want) <= torch.finfo(dtype).eps * rms(want)
+
+
+def test_float16_scores_past_its_range():
+    inputs = make(torch.float16)
+    inputs[:2] = [x * 300 for x in inputs[:2]]
+    check(inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_with_nothing_to_attend(impl, dtype):
     grid = torch.ones(2, 1, 5, 3, dtype=torch.bool)

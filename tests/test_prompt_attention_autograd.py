@@ -162,6 +162,8 @@ def test_autocast_leaves_float64_and_unifies_mixed_inputs(impl):
     with torch.autocast("cpu", torch.bfloat16):
         assert prompt_attention(*inputs, impl=impl).dtype == torch.float64
         assert prompt_attention(*mixed, impl=impl).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert prompt_attention(*make(torch.bfloat16), impl=impl).dtype == torch.float16
 
 
 @each_case

@@ -136,6 +136,11 @@ def test_mask(mask, error, message):
     assert message_of(error, attn_mask=mask).startswith(message)
 
 
+def test_a_mask_of_a_dtype_that_nothing_computes_with():
+    mask = torch.zeros(5, 9).to(torch.float8_e4m3fn)
+    assert message_of(TypeError, attn_mask=mask).startswith("attn_mask: got dtype torch.float8_e4m3fn, expected bool")
+
+
 def test_unknown_impl():
     for impl in ("cuda", "cpu", None):
         message = message_of(ValueError, impl=impl)

@@ -101,6 +101,26 @@ def test_matches_the_oracle(case):
     check(inputs, *grads_of(inputs, with_lse), impl="triton", **kwargs)
 
 
+@pytest.mark.parametrize("view", [lambda i: i.repeat_interleave(2)[::2], lambda i: i[:1].expand(3)], ids=["step", "0"])
+def test_an_index_with_strides(view):
+    index = view(torch.tensor([4, 1, 4]))
+    check(make(torch.float32, batch=3, bank=5), impl="triton", prompt_index=index)
+
+
+def test_float32_prompts_beside_half_precision():
+    """Values that half precision has to round."""
+    inputs = make(torch.float16)
+    inputs[3:] = [torch.randn(x.shape) for x in inputs[3:]]
+    check(inputs, impl="triton")
+
+
+def test_no_samples_and_no_prompts():
+    inputs = to_device(leaves(make(torch.float32, batch=0, bank=0)), TRITON_DEVICE)
+    out = prompt_attention(*inputs, impl="triton")
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert [x.shape for x in grads] == [x.shape for x in inputs]
+
+
 def test_rows_with_nothing_to_attend():
     visible = torch.ones(2, 1, 5, 3, dtype=torch.bool)
     visible[0, 0, 1], visible[1, 0, 4] = False, False
@@ -145,13 +165,17 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert torch.equal(whole.out[1:2], alone.out) and torch.equal(whole.lse[1:2], alone.lse)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_strides_past_two_to_the_31(axis):
-    """One sample, head or row begins 2^31 elements after the one before; memory that nobody touches costs nothing."""
-    inputs = make(torch.float16, 2, 2, 2, 2, 2, prompts=2, dim=16)
+@pytest.mark.parametrize(("axis", "step"), [(0, 2**31 + 64), (1, 2**31 + 64), (2, 2**31 + 64), (1, 3 * 2**29)])
+def test_elements_past_two_to_the_31(axis, step):
+    """The last sample, head or row begins more than 2^31 elements after the first, though a stride may be less.
+
+    Memory that nobody touches costs nothing.
+    """
+    size = 2 if step > 2**31 else 3
+    inputs = make(torch.float16, 2, size, size, 2, 2, prompts=2, dim=16)
     for i in range(3):
         shape, stride = inputs[i].shape, list(inputs[i].stride())
-        stride[axis] = 2**31 + 64
+        stride[axis] = step
         far = torch.empty(stride[axis] * (shape[axis] - 1) + inputs[i].numel(), dtype=torch.float16)
         inputs[i] = far.as_strided(shape, stride).copy_(inputs[i])
         if i == 0:
@@ -209,6 +233,10 @@ def test_tuned_configurations_are_saved_and_used(tmp_path, monkeypatch):
     configs.load(tmp_path / "tuned.json")
     assert configs.choose("forward", 2, 64, 500, 500) == found
     assert configs.choose("forward", 4, 64, 500, 500) != found
+    for damage in ("{", "[1]", '{"forward-16bit-d64": [1, 2]}'):
+        (tmp_path / "tuned.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"tuned\.json: damaged .*; delete it"):
+            configs.load(tmp_path / "tuned.json")
 
 
 def test_splits_follow_from_shapes_alone():

@@ -48,6 +48,16 @@ def test_classes_of_coop(dtype):
     check(make(dtype, lengths, heads=1, heads_kv=1, prompts=17, dim=64), lengths, impl="triton", is_causal=True)
 
 
+def test_index_and_bounds_with_strides():
+    inputs = make(torch.float32, (2, 3), bank=3)
+    bounds = torch.tensor([0, 9, 2, 9, 5], dtype=torch.int32, device=TRITON_DEVICE)[::2]
+    index = torch.tensor([2]).expand(2)
+    on_device = to_device(inputs, TRITON_DEVICE)
+    got = prompt_attention_varlen(*on_device, bounds, prompt_index=index.to(TRITON_DEVICE), impl="triton")
+    want = prompt_attention_varlen(*inputs, ends((2, 3)), prompt_index=index, impl="reference")
+    torch.testing.assert_close(got.cpu(), want)
+
+
 def test_images_times_classes_of_cocoop():
     lengths = (4, 6, 5) * 3
     index = torch.tensor([0, 1, 2]).repeat_interleave(3).roll(4)

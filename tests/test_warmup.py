@@ -64,6 +64,17 @@ def test_it_says_why_triton_cannot_run(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ImplUnavailableError, match="the tensors are on the CPU"):
         warmup(SHAPE, "cpu")
+    with pytest.raises(ImplUnavailableError, match="tiles are tuned for a GPU"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        tune(SHAPE, "cpu")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="device: got 'gpu', expected a PyTorch device"):
+        warmup(SHAPE, "gpu")
+    with pytest.raises(ValueError, match="batch: got -1, expected 1 or more"):
+        Shape(batch=-1)
+    if not torch.cuda.is_available():
+        with pytest.raises(ImplUnavailableError, match="PyTorch sees no CUDA device"):
+            warmup(SHAPE)
     assert cli.main(["warmup", "--device", "cpu", "--head-dim", "72"]) == 1
     message = capsys.readouterr().err
     assert "on the CPU" in message and "head size 72 is not one of" in message

@@ -54,7 +54,7 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, expected a transformers PreTrainedModel")
-    if not callable(getattr(config, "build", None)):
+    if isinstance(config, type) or not callable(getattr(config, "build", None)):
         raise TypeError(f"config: got {config!r}, expected a recipe such as fastprompt.VPT(length=50)")
     patterns = _patterns(train)
     target = choose_tower(model, tower)

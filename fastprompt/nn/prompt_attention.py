@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class PromptAttention(nn.Module):
         dtype: Of the weights; the prompt is float32, or float64 beside float64.
 
     Raises:
+        TypeError: sizes that are not integers.
         ValueError: sizes that do not fit.
 
     Example:
@@ -62,6 +64,10 @@ class PromptAttention(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "length": length, "num_kv_heads": num_kv_heads}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name}: got {size!r}, expected an int")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim: got {embed_dim} for {num_heads} heads, expected a multiple of num_heads")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -180,15 +186,20 @@ class PromptAttention(nn.Module):
         qkv, proj, heads = found.values()
         dim = qkv.in_features
         reasons = [f"parameter {name}" for name, _ in attention.named_parameters(recurse=False)]
+        reasons += [f"buffer {name}" for name, _ in attention.named_buffers(recurse=False)]
         for name, child in attention.named_children():
             idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and child.p == 0)
             if name not in ("qkv", "proj", "q_norm", "k_norm") and not idle:
                 reasons.append(f"{name}: {child}")
         if qkv.out_features != 3 * dim or (proj.in_features, proj.out_features) != (dim, dim):
             reasons.append(f"qkv {dim} -> {qkv.out_features}, proj {proj.in_features} -> {proj.out_features}")
-        scale = getattr(attention, "scale", None)
-        if isinstance(scale, float) and abs(scale * (dim / heads) ** 0.5 - 1) > 1e-6:
-            reasons.append(f"scale={scale}, which is not D ** -0.5")
+        expected = {"scale": (dim / heads) ** -0.5, "head_dim": dim / heads, "num_kv_heads": heads}
+        for name, value in expected.items():
+            given = getattr(attention, name, None)
+            if given is not None and not math.isclose(float(given), value, rel_tol=1e-6):
+                reasons.append(f"{name}={given}, expected {value:g}")
+        if getattr(attention, "rope", None) is not None:
+            reasons.append("rope")
         _refuse(reasons)
         norms = {name: x for name in ("q_norm", "k_norm") if (x := getattr(attention, name, None)) is not None}
         return cls(dim, heads, length, device="meta")._take_over(attention, qkv=qkv, proj=proj, **norms)

@@ -100,6 +100,7 @@ def check_attention(
             expected = "[Hkv,P,D] or [G,Hkv,P,D]" if is_prompt else layout
             raise ValueError(f"{name}: got rank {x.dim()} (shape {list(x.shape)}), expected {expected}")
     query, key, value = autocast(query, key, value)
+    prompt_key, prompt_value = (p if p.dtype == torch.float32 else autocast(p)[0] for p in (prompt_key, prompt_value))
     check_dtypes(NAMES, (query, key, value, prompt_key, prompt_value), prompts=NAMES[3:])
     check_device(**dict(zip(NAMES, tensors, strict=True)), **others)
     heads, heads_kv = query.shape[1], key.shape[1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import reference
-from fastprompt.ops.checks import check_attention, check_index, check_scale, without_autocast
+from fastprompt.ops.checks import FLOATS, check_attention, check_index, check_scale, without_autocast
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 LIBRARY.define(
@@ -51,6 +51,8 @@ def prompt_attention(
         prompt_index: int64 ``[B]``, values in ``[0, G)``: which prompt of the bank a sample reads. Values are checked
             on CPU; on a GPU only with ``FASTPROMPT_DEBUG=1``, since reading them would wait for the device.
         attn_mask: bool (True = may attend) or additive float, broadcastable to ``[B,Hq,Tq,Tk]``; gets no gradient.
+            Hide keys with False or -inf: where a row sees nothing but huge finite values such as -1e30, float32 cannot
+            hold its lse, and implementations differ.
         is_causal: Query i sees instance key ``j <= i + Tk - Tq`` (bottom-right aligned).
         scale: Softmax scale; None means ``D ** -0.5``.
         return_lse: Also return the natural-log sum of exponentials of the scaled scores.
@@ -112,7 +114,7 @@ def _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mas
 def _check_mask(attn_mask: Tensor | None, full: tuple[int, ...]) -> None:
     if attn_mask is None:
         return
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATS:
         raise TypeError(f"attn_mask: got dtype {attn_mask.dtype}, expected bool (True = may attend) or additive float")
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(shape) != 4 or any(got != 1 and got != want for got, want in zip(shape, full, strict=True)):

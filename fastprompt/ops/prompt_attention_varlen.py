@@ -168,7 +168,7 @@ def _longest(cu_seqlens: Tensor, max_seqlen: int | None, rows: int, sequences: i
         longest = int(cu_seqlens.diff().max())
         if max_seqlen < longest:
             raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least {longest} (the longest sequence)")
-    elif max_seqlen * sequences < rows:
+    elif max_seqlen * sequences < rows or max_seqlen < 0:
         least = -(-rows // max(sequences, 1))
         raise ValueError(
             f"max_seqlen: got {max_seqlen}, expected at least {least}, since {sequences} sequences hold {rows} rows"

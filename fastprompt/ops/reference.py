@@ -55,9 +55,11 @@ def prompt_attention(
 
     def join(prompt: Tensor, instance: Tensor) -> Tensor:
         prompt = prompt if prompt.dim() == 4 else prompt.unsqueeze(0)
+        # Prompts are rounded to the query dtype, as every fast path does; widened before they are shared, so that
+        # their gradient is summed in `dtype` and rounded once.
+        prompt = prompt.to(query.dtype).to(dtype)
         prompt = prompt[prompt_index] if prompt_index is not None else prompt.expand(batch, -1, -1, -1)
-        # Prompts are rounded to the query dtype, as every fast path does, before the maths in `dtype`.
-        joined = torch.cat([prompt.to(query.dtype), instance], dim=2).to(dtype)
+        joined = torch.cat([prompt, instance.to(dtype)], dim=2)
         return joined.repeat_interleave(groups, dim=1)
 
     keys, values = join(prompt_key, key), join(prompt_value, value)

@@ -35,8 +35,8 @@ TABLE: dict[tuple[str, int], dict[int, Config]] = {
         64: Config(128, 64, 8, 3), 96: Config(128, 32, 8, 1), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2),
     },
     ("query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    ("key_value", 2): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
-    ("prompt", 2): {64: Config(32, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    ("key_value", 2): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    ("prompt", 2): {64: Config(32, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     ("forward", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     ("query", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     ("key_value", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
@@ -122,6 +122,11 @@ def save(path: Path, found: dict[str, Config]) -> None:
 
 def load(path: Path) -> dict[str, Config]:
     """Use the configurations of a file that `save` wrote; returns them."""
-    found = {name: Config(*values) for name, values in json.loads(path.read_text()).items()}
+    try:
+        found = {name: Config(*map(int, values)) for name, values in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}), expected what `fastprompt warmup --tune` writes; delete it, or tune again"
+        ) from error
     _tuned.update(found)
     return found

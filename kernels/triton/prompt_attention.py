@@ -38,6 +38,12 @@ class Problem:
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
 
+    def __post_init__(self):
+        # Kernels read these as plain arrays; they are a few numbers a sample.
+        for name in ("prompt_index", "cu_seqlens"):
+            x = getattr(self, name)
+            object.__setattr__(self, name, None if x is None else x.contiguous())
+
     @property
     def samples(self) -> int:
         """Batch size, or number of sequences."""
@@ -197,7 +203,7 @@ def plan_backward(
         plan.append(_plan_query(p, state, dq))
     if dk is not None or dv is not None:
         plan.append(_plan_key_value(p, state, dk, dv))
-    if (dpk is not None or dpv is not None) and p.prompts:
+    if any(x is not None and x.numel() for x in (dpk, dpv)):
         plan += _plan_prompt(p, state, dpk, dpv)
     return plan
 

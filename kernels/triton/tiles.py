@@ -13,8 +13,8 @@ SIZES = ("heads", "heads_kv", "tiles", "tq", "tk", "prompts", "splits", "bank", 
 
 @triton.jit
 def split(pid, tiles, heads):
-    """Tile, head and sample (int64: it multiplies strides) of a one-dimensional grid, tiles fastest."""
-    return pid % tiles, (pid // tiles) % heads, (pid // (tiles * heads)).to(tl.int64)
+    """Tile, head and sample of a one-dimensional grid, tiles fastest; what multiplies strides is int64."""
+    return pid % tiles, ((pid // tiles) % heads).to(tl.int64), (pid // (tiles * heads)).to(tl.int64)
 
 
 @triton.jit

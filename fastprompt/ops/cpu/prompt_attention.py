@@ -160,6 +160,15 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the inputs flagged in ``needs`` (query, key, value, prompt_key, prompt_value), in that order."""
     inputs = (query, key, value, prompt_key, prompt_value)
+    if query.dtype == torch.float16:
+        # Scores may pass the largest float16, 65,504, and CPUs have no fast float16 products to lose.
+        query, key, value, prompt_key, prompt_value = (x.float() for x in inputs)
+        found = backward(
+            grad_out.float(), grad_lse, query, key, value, prompt_key, prompt_value, prompt_index, attn_mask,
+            out.float(), lse, is_causal, scale, needs,
+        )  # fmt: skip
+        kept = [x for x, need in zip(inputs, needs, strict=True) if need]
+        return [torch.empty_like(x).copy_(grad) for x, grad in zip(kept, found, strict=True)]
     prompts, tk, heads_kv = prompt_key.shape[-2], key.shape[2], key.shape[1]
     if not query.numel() or not prompts + tk:
         return [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
