@@ -88,6 +88,8 @@ def test_templates_and_words_that_cannot_be_scored_are_refused():
             scorer(template)
     with pytest.raises(ValueError, match="'fruit' and 'fruit fig' begin with the same token"):
         scorer(words=("fruit", "fruit fig"))
+    with pytest.raises(ValueError, match="words: got 'gas', which the tokenizer does not know"):
+        scorer(words=("fruit", "gas"))
     with pytest.raises(ValueError, match="the word 'fruit' is no token of its own"):
         LabelScorer(language_model(), lambda text: SimpleNamespace(input_ids=[text]), TEMPLATE, tuple(WORDS))
     with pytest.raises(ValueError, match="got a word for gas, expected classes fruit, metal"):

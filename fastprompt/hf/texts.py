@@ -87,6 +87,13 @@ class LabelScorer(nn.Module):
             raise ValueError(f"template: got {template!r}, expected a text that holds {SLOT!r} once")
         self.lm, self.tokenizer, self.template, self.words = lm, tokenizer, template, tuple(words)
         ids = [self._first_token(word) for word in self.words]
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        for word, token in zip(self.words, ids, strict=True):
+            if token == unknown:
+                raise ValueError(
+                    f"words: got {word!r}, which the tokenizer does not know; name its class by another word "
+                    "(--words CLASS=WORD)"
+                )
         for i, word in enumerate(self.words):
             if ids[i] in ids[:i]:
                 other = self.words[ids.index(ids[i])]

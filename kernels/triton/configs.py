@@ -81,11 +81,10 @@ def choose(kernel: str, itemsize: int, dim: int, rows: int, keys: int, masked: b
         config = next(c for largest, c in TABLE[kernel, itemsize].items() if dim <= largest)
     if masked:
         config = config._replace(rows=max(16, config.rows // 2))
-        if dim > 64:
-            if kernel == "forward":
-                config = config._replace(keys=max(16, config.keys // 2))
-            elif kernel == "key_value":
-                config = config._replace(stages=1)
+        if kernel == "forward":
+            config = config._replace(keys=max(16, config.keys // 2))
+        elif kernel == "key_value" and dim > 64:
+            config = config._replace(stages=1)
     return fit(config, rows, keys)
 
 
