@@ -60,7 +60,7 @@ BENCH   = $(BIN)/python -m bench.run --device $(DEVICE) --resume --json bench/re
 
 bench: $(VENV)/.dev
 	$(call BENCH,vpt_step)
-	$(call BENCH,prefix_step) --set checkpointing=0,1
+	$(call BENCH,prefix_step) --set $(DTYPES) checkpointing=0,1
 	$(call BENCH,prompt_attention) --rounds $(ROUNDS) --set prompts=10,50,100,200 $(DTYPES) $(MODES)
 	$(call BENCH,prompt_attention_varlen) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
 ifeq ($(DEVICE),cpu)

@@ -28,6 +28,9 @@ BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
 TRITON_OPS = ("prompt_attention", "prompt_attention_varlen")
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 
+#: Looked up once: every call asks, and a search of the path would cost more than a small attention.
+HAS_TRITON = find_spec("triton") is not None
+
 #: One namespace for every registered operation; schemas and fakes need torch alone.
 LIBRARY = torch.library.Library("fastprompt", "DEF")
 
@@ -67,7 +70,7 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
 
 def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[str]:
     reasons = []
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         reasons.append("triton is not installed (pip install 'fastprompt[gpu]')")
     query = tensors[0]
     if query.device.type == "cuda":
