@@ -4,7 +4,7 @@
 import pytest
 import torch
 from clip_cases import RECIPES, build
-from tiny_clips import LONG, MIDDLE, NAMES, SMALL, WIDE, BareTokenizer, clip, pixels, siglip, tokenizer
+from tiny_clips import LONG, NAMES, SMALL, VOCABULARY, WIDE, BareTokenizer, clip, pixels, siglip, tokenizer
 from tiny_models import build as vision_model
 from tiny_models import untouched
 
@@ -48,16 +48,29 @@ def test_a_class_name_of_a_wrong_type(names):
 
 @pytest.mark.parametrize("name", ["", "   ", "\n"])
 def test_a_name_of_no_tokens(name):
-    refused(r"classnames.*(no token|nothing|empty)", names=("cat", name))
+    refused(r"classnames\[1\]: got .*expected a name", names=("cat", name))
+
+
+def test_a_name_that_the_tokenizer_drops():
+    words = Broken(lambda ids: [i for i in ids if VOCABULARY[i] not in ("dog", ".")])
+    refused(r"classnames: got 'dog', which the tokenizer turns into no token", words=words, names=("cat", "dog"))
+    refused(r"classnames: got 'dog', which.*no token", words=words, names=("cat", "dog"), recipe=ZeroShot())
 
 
 @pytest.mark.parametrize("recipe", [CoOp(n_ctx=6), CoCoOp(n_ctx=6, init=None), ZeroShot(("a a a a a {}.",))], ids=repr)
 def test_a_name_that_does_not_fit_is_named(recipe):
-    refused(rf"{LONG}.*21 tokens.*20|{LONG}.*20.*21", name=WIDE, names=("cat", LONG, "dog"), recipe=recipe)
+    refused(
+        rf"classnames: got '{LONG}', which needs 21 tokens.*expected at most 20",
+        name=WIDE,
+        names=("cat", LONG, "dog"),
+        recipe=recipe,
+    )
 
 
 def test_a_context_that_fits_no_name():
-    refused(r"n_ctx.*20", name=WIDE, recipe=CoOp(n_ctx=20))
+    refused(
+        r"classnames: got 'cat', .*20 context tokens, expected at most 20.*fewer context", name=WIDE, recipe=CoOp(20)
+    )
 
 
 # Tokenizers
@@ -65,13 +78,13 @@ def test_a_context_that_fits_no_name():
 
 def test_a_tokenizer_of_another_model():
     other = Broken(lambda ids: [i + 1000 for i in ids])
-    refused(r"tokenizer: got .*id.*expected.*35", words=other)
+    refused(r"tokenizer: got id 1008 for 'cat', expected ids from 0 to 34.*belongs to the model", words=other)
 
 
 def test_an_end_token_outside_the_vocabulary():
     other = BareTokenizer()
     other.eos_token_id = 49407
-    refused(r"tokenizer: got .*49407.*expected.*35", words=other)
+    refused(r"tokenizer: got id 49407 .*expected ids from 0 to 34", words=other)
 
 
 def test_no_end_token():
@@ -86,7 +99,7 @@ def test_no_start_token_in_a_causal_tower():
     refused(r"tokenizer.*bos_token_id", words=other)
 
 
-@pytest.mark.parametrize("words", [None, "cat", lambda text: [1, 2]])
+@pytest.mark.parametrize("words", [None, "cat", 3])
 def test_a_tokenizer_of_a_wrong_type(words):
     with pytest.raises(TypeError, match="tokenizer: got"):
         CLIPClassifier(clip(), words, NAMES, CoOp(n_ctx=4))
@@ -117,7 +130,7 @@ def test_a_recipe_of_a_wrong_type(recipe):
         (lambda: IVLP(n_vision=0), "n_vision"),
         (lambda: ZeroShot(()), "templates"),
         (lambda: ZeroShot(("a photo",)), "templates"),
-        (lambda: ZeroShot("a photo of a {}."), "templates"),
+        (lambda: ZeroShot("a photo"), "templates"),
         (lambda: ZeroShot(("a {} of a {}.",)), "templates"),
         (lambda: ZeroShot((3,)), "templates"),
     ],
@@ -132,13 +145,10 @@ def test_an_init_of_another_length():
 
 
 def test_an_init_of_no_tokens():
-    refused("init.*(no token|nothing|empty)", recipe=CoOp(init=" "))
-
-
-@pytest.mark.parametrize("recipe", [MaPLe(depth=3), IVLP(depth=3)], ids=repr)
-@pytest.mark.parametrize("name", [SMALL, MIDDLE])
-def test_deeper_than_the_shallower_tower(name, recipe):
-    refused(r"depth: got 3.*2", name=name, recipe=recipe)
+    with pytest.raises(ValueError, match=r"init: got ' ', expected words"):
+        CoOp(init=" ")
+    words = Broken(lambda ids: [i for i in ids if VOCABULARY[i] != "itap"])
+    refused(r"init: got 'itap'.*no token", words=words, recipe=CoOp(init="itap"))
 
 
 # Options
@@ -188,7 +198,7 @@ def test_a_model_without_text():
 @pytest.mark.parametrize("bad", [-1, len(NAMES), 10**6])
 def test_labels_out_of_range(bad, chunk):
     clf = build(SMALL, RECIPES["CoOp"], class_chunk=chunk)
-    with pytest.raises(ValueError, match=rf"labels: got .*{bad}.*expected .*{len(NAMES)}"):
+    with pytest.raises(ValueError, match=rf"labels: got {bad}, expected class numbers from 0 to {len(NAMES) - 1}"):
         clf(pixels(clf.clip), labels=torch.tensor([0, bad, 1]))
 
 
@@ -214,12 +224,12 @@ def test_pixel_values_of_another_shape(bad):
 
 def test_templates_of_zero_shot_weights():
     clf = build(SMALL, RECIPES["CoOp"])
-    for bad in ("a photo of a {}.", (), ("a photo",)):
+    for bad in ("a photo", (), ("a photo",), 3):
         with pytest.raises((ValueError, TypeError), match=r"templates.*got"):
             clf.zero_shot_weights(templates=bad)
 
 
 def test_image_features_are_needed_for_image_conditioned_text():
     clf = build(SMALL, RECIPES["CoCoOp"])
-    with pytest.raises(ValueError, match="image_features: got None"):
+    with pytest.raises(ValueError, match="image: got None"):
         clf.text_features()
