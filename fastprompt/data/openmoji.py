@@ -165,7 +165,7 @@ class OpenMoji:
         return f"OpenMoji({str(self.root)!r}: {len(self.emoji)} emoji, {len(self.subcategories)} classes)"
 
 
-def openmoji(*, cache_dir: str | Path | None = None) -> OpenMoji:
+def load_openmoji(*, cache_dir: str | Path | None = None) -> OpenMoji:
     """Return the drawings of the ``openmoji`` asset with the names of the ``emoji-names`` asset.
 
     Args:
