@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(BIN)/fastprompt demo $(if $(FULL),--full,)
 
 test: $(VENV)/.dev
-	$(BIN)/fastprompt assets fetch dinov2-small textile smollm2-135m sms-spam
+	$(BIN)/fastprompt assets fetch dinov2-small textile smollm2-135m sms-spam openmoji emoji-names clip-bpe
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The full Triton matrix on a CUDA device, with the Python at hand (PYTHON=...), which brings its own torch and Triton.

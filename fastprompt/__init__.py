@@ -14,12 +14,18 @@ __version__ = "0.1.0"
 _WHERE = {
     "AssetError": "errors",
     "AttachError": "errors",
+    "CLIPClassifier": "recipes.clip_classifier",
     "CheckpointError": "errors",
+    "CoCoOp": "recipes.cocoop",
+    "CoOp": "recipes.coop",
     "DataError": "errors",
+    "IVLP": "recipes.ivlp",
     "ImplUnavailableError": "errors",
+    "MaPLe": "recipes.maple",
     "UnsupportedModelError": "errors",
     "PrefixKV": "recipes.prefix_kv",
     "VPT": "recipes.vpt",
+    "ZeroShot": "recipes.zero_shot",
     "attach": "hf.attach",
     "check_finite": "ops.checks",
     "explain": "ops.dispatch",
@@ -30,8 +36,9 @@ _WHERE = {
 }
 
 __all__ = [
-    "VPT", "AssetError", "AttachError", "CheckpointError", "DataError", "ImplUnavailableError", "PrefixKV",
-    "UnsupportedModelError", "__version__", "attach", "check_finite", "explain", "load", "nn", "ops", "recipes",
+    "IVLP", "VPT", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError", "CoCoOp", "CoOp", "DataError",
+    "ImplUnavailableError", "MaPLe", "PrefixKV", "UnsupportedModelError", "ZeroShot", "__version__", "attach",
+    "check_finite", "explain", "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -47,9 +54,15 @@ if TYPE_CHECKING:
     from fastprompt.hf.attach import attach
     from fastprompt.ops.checks import check_finite
     from fastprompt.ops.dispatch import explain
+    from fastprompt.recipes.clip_classifier import CLIPClassifier
+    from fastprompt.recipes.cocoop import CoCoOp
+    from fastprompt.recipes.coop import CoOp
+    from fastprompt.recipes.ivlp import IVLP
+    from fastprompt.recipes.maple import MaPLe
     from fastprompt.recipes.prefix_kv import PrefixKV
     from fastprompt.recipes.registry import load
     from fastprompt.recipes.vpt import VPT
+    from fastprompt.recipes.zero_shot import ZeroShot
 
 
 def __getattr__(name: str):

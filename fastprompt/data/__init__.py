@@ -3,6 +3,7 @@
 
 from fastprompt.data.assets import ASSETS, Asset, AssetStatus
 from fastprompt.data.images import DecodedImages, ImageDataset, ImageFolder, Sample, few_shot, textile
+from fastprompt.data.openmoji import OpenMoji, load_openmoji
 from fastprompt.data.texts import Texts, TextSample, few_shot_texts, read_texts, sms_spam
 
 __all__ = [
@@ -12,11 +13,13 @@ __all__ = [
     "DecodedImages",
     "ImageDataset",
     "ImageFolder",
+    "OpenMoji",
     "Sample",
     "TextSample",
     "Texts",
     "few_shot",
     "few_shot_texts",
+    "load_openmoji",
     "read_texts",
     "sms_spam",
     "textile",

@@ -91,9 +91,9 @@ def few_shot(
     Raises:
         DataError: a bad argument, or a class with too few images for it.
     """
-    _check_count("shots", shots)
+    check_count("shots", shots)
     if eval_size is not None:
-        _check_count("eval_size", eval_size)
+        check_count("eval_size", eval_size)
     train: list[Sample] = []
     evaluation: list[Sample] = []
     for label, name in enumerate(folder.classes):
@@ -113,6 +113,7 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         samples: files and labels, of ``ImageFolder.samples`` or ``few_shot``.
         classes: class names; labels index it.
         transform: maps an RGB ``PIL.Image`` to a tensor ``[3, H, W]``, such as ``fastprompt.hf.images`` gives.
+        read: maps a file to an RGB ``PIL.Image``; default ``read_rgb``.
 
     Items are ``{"pixel_values": float32 [3, H, W], "labels": int64 scalar}``.
 
@@ -120,7 +121,14 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         DataError: no samples, a label without a class, or (on access) an unreadable image or a wrong tensor shape.
     """
 
-    def __init__(self, samples: Sequence[Sample], classes: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        classes: Sequence[str],
+        transform: Callable[[Any], Tensor],
+        *,
+        read: Callable[[Path], Any] | None = None,
+    ) -> None:
         if not samples:
             raise DataError("samples: got none, expected at least one (file, label) pair")
         for sample in samples:
@@ -129,13 +137,14 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         self.samples = tuple(samples)
         self.classes = tuple(classes)
         self.transform = transform
+        self.read = read_rgb if read is None else read
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         file, label = self.samples[index]
-        pixels = self.transform(read_rgb(file))
+        pixels = self.transform(self.read(file))
         if pixels.ndim != 3 or pixels.shape[0] != 3:
             raise DataError(f"transform: gave shape {tuple(pixels.shape)} for {file}, expected [3, H, W]")
         return {"pixel_values": pixels.to(torch.float32), "labels": torch.tensor(label)}
@@ -245,7 +254,8 @@ def _share(eval_size: int, classes: int, label: int) -> int:
     return eval_size // classes + (label < eval_size % classes)
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """Raise ``DataError`` unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or value < 1:
         raise DataError(f"{name}: got {value!r}, expected an integer of at least 1")
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,16 +38,24 @@ WEIGHT_SPACING = 2**-24
 
 
 def save(handle: Handle, directory: Path) -> None:
-    """Write both files; each appears whole or not at all, and the old pair stays until both are on disk."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in handle.named_parameters()}
-    data = save_tensors(tensors)
+    """Write both files of a handle."""
     content = {
-        "format": FORMAT,
         "method": type(handle.config).__name__,
         "config": asdict(handle.config),
         "tower": handle.tower.kind,
         "train": list(handle.train),
         "base": describe_base(handle),
+    }
+    write(directory, content, dict(handle.named_parameters()))
+
+
+def write(directory: Path, content: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """Write both files; each appears whole or not at all, and the old pair stays until both are on disk."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+    data = save_tensors(tensors)
+    content = {
+        "format": FORMAT,
+        **content,
         "tensors": {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in tensors.items()},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -162,7 +170,7 @@ def describe_base(handle: Handle) -> dict[str, Any]:
         "width": site.width,
         "kv_heads": site.heads,
         "head_dim": site.head_dim,
-        "weights": {str(s.index): _sample(weight) for s, weight in _frozen(handle)},
+        "weights": {str(s.index): sample(weight) for s, weight in _frozen(handle)},
     }
 
 
@@ -174,8 +182,8 @@ def _frozen(handle: Handle) -> Iterator[tuple[Site, Tensor]]:
             yield site, weight
 
 
-def _sample(weight: Tensor) -> list[float]:
-    """A few elements."""
+def sample(weight: Tensor) -> list[float]:
+    """A few elements of a weight."""
     weight = weight.detach().flatten()
     places = torch.linspace(0, weight.numel() - 1, SAMPLES, device=weight.device).long()
     return [float(x) for x in weight[places]]
@@ -183,7 +191,11 @@ def _sample(weight: Tensor) -> list[float]:
 
 def check_base(content: dict[str, Any], handle: Handle) -> None:
     """Raise CheckpointError unless the handle's base model is the one the prompts were trained on."""
-    saved, got = content["base"], describe_base(handle)
+    compare_base(content["base"], describe_base(handle))
+
+
+def compare_base(saved: dict[str, Any], got: dict[str, Any]) -> None:
+    """Raise CheckpointError unless two descriptions are of one base model, in whatever float dtype."""
     for key in ("layers", "width", "kv_heads", "head_dim"):
         if saved[key] != got[key]:
             raise CheckpointError(
@@ -199,13 +211,12 @@ def check_base(content: dict[str, Any], handle: Handle) -> None:
                 )
 
 
-def check_tensors(tensors: dict[str, Tensor], handle: Handle) -> None:
-    """Raise CheckpointError unless names and shapes are those of the handle's parameters."""
-    expected = dict(handle.named_parameters())
+def check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
+    """Raise CheckpointError unless names and shapes are those of the expected parameters."""
     if tensors.keys() != expected.keys():
         raise CheckpointError(
             f"tensors: got {sorted(tensors.keys() - expected.keys())} too many and "
-            f"{sorted(expected.keys() - tensors.keys())} missing for {type(handle.model).__name__}; "
+            f"{sorted(expected.keys() - tensors.keys())} missing for {owner}; "
             "load into the model class that was saved, with the same head"
         )
     for name, parameter in expected.items():

@@ -109,7 +109,7 @@ def install_rows(sites: list[Site]) -> list:
         stripped = carried if child is not None else 0
         fresh = child if child is not None and child.inserted else None
         if child is not None:
-            carried = child.prompt.shape[0] if child.inserted else 0
+            carried = child.length if child.inserted else 0
         rows = _Rows(stripped, fresh, carried, _mask_position(site.layer))
         if stripped or carried:
             hooks.append(site.layer.register_forward_pre_hook(rows.before, with_kwargs=True))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -24,18 +25,79 @@ class Site(Protocol):
         """The dtype of rows at the layer's input, outside autocast."""
 
 
-class ProjectedPrompt(nn.Module):
-    """A learned prompt of one layer, seen as keys and values through the layer's own norm and projections (I2).
+class LayerPrompt(nn.Module):
+    """A prompt of one layer, seen as keys and values through the layer's own norm and projections (I2).
 
     ``K_p = k_norm(W_k norm(p))``, ``V_p = W_v norm(p)``: what the prompt's rows would contribute as tokens,
     computed once for the whole batch. Where neither needs a gradient, both are kept until the prompt or a weight
-    changes (a write through ``.data`` goes unseen, as it does by autograd).
+    changes (a write through ``.data`` goes unseen, as it does by autograd). Subclasses give the rows.
+
+    Args:
+        length: Rows P.
+        site: The layer.
+        inserted: The prompt's rows live on in the next layer, so they run as tokens there and here; attention then sees
+            them among the instance keys and `key_value` gives None.
+    """
+
+    def __init__(self, length: int, site: Site, inserted: bool = False):
+        super().__init__()
+        self.length, self.site, self.inserted = length, site, inserted
+        self._kept: tuple[tuple, tuple[Tensor, Tensor]] | None = None
+        self._baked = False
+
+    def rows(self) -> Tensor:
+        """The prompt's rows ``[P,C]`` in the dtype of the layer's input."""
+        raise NotImplementedError
+
+    def own(self) -> tuple[Tensor, ...]:
+        """The learned tensors that `rows` reads."""
+        raise NotImplementedError
+
+    def _drops(self) -> bool:
+        return False
+
+    def key_value(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[Hkv,P,D]`` of this step, or None where the rows run as tokens."""
+        if self.inserted:
+            return None
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors())
+        if torch.compiler.is_compiling() or self._drops() or tracked:
+            return self.site.project(self.rows())
+        stamp = stamp_of(self._tensors())
+        if self._kept is None or self._kept[0] != stamp:
+            with torch.no_grad():
+                self._kept = (stamp, self.site.project(self.rows()))
+        return self._kept[1]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (*self.own(), *self.site.weights())
+
+    def bake(self) -> None:
+        """Freeze the prompt; if the layer is frozen too, keys and values are computed once, even in training mode."""
+        for parameter in self.own():
+            parameter.requires_grad_(False)
+        self._baked = True
+
+
+def stamp_of(tensors: Iterable[Tensor]) -> tuple:
+    """Changes whenever what is computed of ``tensors`` would: an in-place update, a replaced tensor, another device or
+    autocast dtype. A write through ``.data`` goes unseen.
+    """
+    tensors = tuple(tensors)
+    device = tensors[0].device.type if tensors else "cpu"
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # Tensors made in inference mode cannot be saved for a backward pass outside.
+    state = (autocast, torch.is_inference_mode_enabled())
+    return (*state, *((x.data_ptr(), x._version, x.dtype) for x in tensors))
+
+
+class ProjectedPrompt(LayerPrompt):
+    """A learned prompt of one layer.
 
     Args:
         prompt: Initial value ``[P, C]``; the parameter is float32 (float64 for a float64 model).
         site: The layer.
-        inserted: The prompt's rows live on in the next layer, so they run as tokens there and here; attention then sees
-            them among the instance keys and `key_value` gives None.
+        inserted: As in `LayerPrompt`.
         projection: Maps the prompt ``[P, d]`` to rows ``[P, C]``; None where d = C.
         owner: The projection is shared by all layers; one of them registers it.
         dropout: Probability of dropping an element of the rows in training mode. One draw serves the whole batch: one a
@@ -62,17 +124,13 @@ class ProjectedPrompt(nn.Module):
         owner: bool = True,
         dropout: float = 0.0,
     ):
-        super().__init__()
+        super().__init__(prompt.shape[0], site, inserted)
         self.prompt = nn.Parameter(prompt)
-        self.site = site
-        self.inserted = inserted
         self.dropout = dropout
         if owner:
             self.projection = projection
         # In a list it is not a submodule, so that a model's state dict holds a shared projection once.
         self._projection = [] if projection is None else [projection]
-        self._kept: tuple[tuple, tuple[Tensor, Tensor]] | None = None
-        self._baked = False
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -91,38 +149,44 @@ class ProjectedPrompt(nn.Module):
     def _drops(self) -> bool:
         return self.dropout > 0 and self.training and not self._baked
 
-    def key_value(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values ``[Hkv,P,D]`` of this step, or None where the rows run as tokens."""
-        if self.inserted:
-            return None
-        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors())
-        if torch.compiler.is_compiling() or self._drops() or tracked:
-            return self.site.project(self.rows())
-        stamp = self._stamp()
-        if self._kept is None or self._kept[0] != stamp:
-            with torch.no_grad():
-                self._kept = (stamp, self.site.project(self.rows()))
-        return self._kept[1]
-
-    def _stamp(self) -> tuple:
-        """Changes whenever the keys would: an in-place update, a replaced tensor, another device or autocast dtype."""
-        device = self.prompt.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # Tensors made in inference mode cannot be saved for a backward pass outside.
-        state = (autocast, torch.is_inference_mode_enabled())
-        return (*state, *((x.data_ptr(), x._version, x.dtype) for x in self._tensors()))
-
-    def _own(self) -> tuple[Tensor, ...]:
+    def own(self) -> tuple[Tensor, ...]:
+        """The prompt, and the projection's weights."""
         return (self.prompt, *(p for m in self._projection for p in m.parameters()))
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (*self._own(), *self.site.weights())
 
-    def bake(self) -> None:
-        """Freeze the prompt; if the layer is frozen too, keys and values are computed once, even in training mode."""
-        for parameter in self._own():
-            parameter.requires_grad_(False)
-        self._baked = True
+class ComputedPrompt(LayerPrompt):
+    """A prompt whose rows another module computes, such as MaPLe's vision prompts of its text prompts.
+
+    Args:
+        function: Gives the rows ``[P, C]``; the module that it belongs to holds the parameters.
+        length: Rows P.
+        sources: Gives the tensors that ``function`` reads.
+        site: The layer.
+        inserted: As in `LayerPrompt`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Tensor],
+        length: int,
+        sources: Callable[[], Iterable[Tensor]],
+        site: Site,
+        inserted: bool = False,
+    ):
+        super().__init__(length, site, inserted)
+        self._function, self._sources = function, sources
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"length={self.length}, inserted={self.inserted}"
+
+    def rows(self) -> Tensor:
+        """The computed rows ``[P,C]`` in the dtype of the layer's input."""
+        return self._function().to(self.site.dtype)
+
+    def own(self) -> tuple[Tensor, ...]:
+        """The tensors that the rows are computed of."""
+        return tuple(self._sources())
 
 
 def vpt_uniform(length: int, width: int, patch_values: int) -> Tensor:

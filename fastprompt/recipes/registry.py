@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprompt.errors import CheckpointError
+from fastprompt.recipes.cocoop import CoCoOp
+from fastprompt.recipes.coop import CoOp
+from fastprompt.recipes.ivlp import IVLP
+from fastprompt.recipes.maple import MaPLe
 from fastprompt.recipes.prefix_kv import PrefixKV
 from fastprompt.recipes.vpt import VPT
+from fastprompt.recipes.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Every recipe by the name that saved files carry.
 RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV)}
+
+#: Every recipe of a `CLIPClassifier`.
+CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, ZeroShot)}
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> Handle:
@@ -50,6 +58,11 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
 
     content, tensors = read(Path(directory))
     recipe = RECIPES.get(content["method"])
+    if content["method"] in CLIP_RECIPES:
+        raise CheckpointError(
+            f"method: got {content['method']!r}, expected prompts of a handle; load a classifier with "
+            "fastprompt.CLIPClassifier.load(clip, tokenizer, directory)"
+        )
     if recipe is None:
         raise CheckpointError(f"method: got {content['method']!r}, expected one of {', '.join(RECIPES)}")
     try:
@@ -60,7 +73,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
         raise CheckpointError(f"model: the saved prompts do not fit {type(model).__name__}: {error}") from error
     try:
         check_base(content, handle)
-        check_tensors(tensors, handle)
+        check_tensors(tensors, dict(handle.named_parameters()), type(model).__name__)
         with torch.no_grad():
             for name, parameter in handle.named_parameters():
                 parameter.copy_(tensors[name])

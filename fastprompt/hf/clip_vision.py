@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP's vision tower: unit image features, their cache, and the prompts that a CLIP recipe puts into the tower."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from fastprompt.hf.attention import CHILD
+from fastprompt.hf.clip import unit
+from fastprompt.hf.sites import Site, choose_tower
+from fastprompt.nn.dual_prompt import DualPrompt
+from fastprompt.nn.prompts import ComputedPrompt
+
+
+@dataclass
+class Scored(ModelOutput):
+    """Loss and logits ``[B,C]`` of a batch."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def check_clip(clip: Any) -> None:
+    """Raise TypeError unless ``clip`` has both towers."""
+    needed = ("get_image_features", "get_text_features", "logit_scale")
+    missing = [name for name in needed if not hasattr(clip, name)]
+    if not isinstance(clip, PreTrainedModel) or missing:
+        lacks = f", which lacks {', '.join(missing)}" if isinstance(clip, PreTrainedModel) else ""
+        raise TypeError(f"clip: got {type(clip).__name__}{lacks}, expected a transformers CLIPModel or one like it")
+
+
+def image_features(model: Any, pixel_values: Tensor) -> Tensor:
+    """Unit image features ``[B,D]`` of a CLIP-like model, in at least float32."""
+    found = model.get_image_features(pixel_values=pixel_values)
+    return unit(found if isinstance(found, Tensor) else found.pooler_output)
+
+
+def prompted_layers(clip: Any) -> int:
+    """Layers of the vision tower that hold prompts."""
+    return sum(hasattr(attention, CHILD) for attention in choose_tower(clip, "vision").attentions)
+
+
+class VisionPrompts:
+    """The vision side of a `DualPrompt` as a recipe for `attach`.
+
+    The first layer's prompts enter before the tower's own first norm (``pre_layrnorm``), as released.
+    """
+
+    kind = "vision"
+    projects = True
+    tokens = None
+
+    def __init__(self, clip: Any, learner: DualPrompt):
+        self.learner = learner
+        self.entry: Any = getattr(choose_tower(clip, "vision").module, "pre_layrnorm", None)
+
+    def build(self, sites: list[Site]) -> dict[int, nn.Module]:
+        """One prompt module for each of the first J layers."""
+        depth, length = self.learner.vision_depth, self.learner.vision_length
+        return {
+            i: ComputedPrompt(
+                partial(self._rows, i), length, self.learner.parameters, sites[i],
+                inserted=i == depth - 1 < len(sites) - 1,
+            )
+            for i in range(depth)
+        }  # fmt: skip
+
+    def _rows(self, layer: int) -> Tensor:
+        rows = self.learner.vision_rows(layer)
+        return rows if layer or self.entry is None else self.entry(rows.to(self.entry.weight.dtype))
+
+
+class ImageCache:
+    """Image features by the bytes of the image, in memory."""
+
+    def __init__(self):
+        self._found: dict[tuple, Tensor] = {}
+
+    def lookup(self, pixel_values: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Features ``[B,D]``; only images not seen before are computed, each once."""
+        device = pixel_values.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        images = pixel_values.detach().cpu().contiguous()
+        about = (images.dtype, tuple(images.shape[1:]), autocast)
+        keys = [
+            (*about, hashlib.blake2b(x.flatten().view(torch.uint8).numpy(), digest_size=16).digest()) for x in images
+        ]
+        new = {key: i for i, key in enumerate(keys) if key not in self._found}
+        if new:
+            with torch.no_grad():
+                features = compute(pixel_values[list(new.values())])
+            self._found.update(zip(new, features, strict=True))
+        return torch.stack([self._found[key] for key in keys]).to(pixel_values.device)
