@@ -171,7 +171,9 @@ class TextTower:
             for module, training in modes.items():
                 module.training = training
         causal = differences[True] <= differences[False]
-        bound = 64 * torch.finfo(weight.dtype).eps * len(self.layers) * float(want.abs().max())
+        # Eager attention takes its softmax in float32, whatever the weights are.
+        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+        bound = 64 * eps * len(self.layers) * float(want.abs().max())
         if not differences[causal] <= bound:
             raise UnsupportedModelError(
                 f"clip: the parts of {type(self.text).__name__} give other rows than the model (difference "
