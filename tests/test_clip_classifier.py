@@ -2,6 +2,7 @@
 """What users do with a CLIPClassifier: train, save, load, export, cache, copy."""
 
 import copy
+import hashlib
 import json
 import math
 import warnings
@@ -26,10 +27,10 @@ from tiny_clips import (
     siglip,
     tokenizer,
 )
-from tiny_models import assert_close, same, untouched
+from tiny_models import assert_close, mixed, same, untouched
 from transformers import Trainer, TrainingArguments
 
-from fastprompt import CheckpointError, CLIPClassifier, CoCoOp, CoOp, MaPLe, ZeroShot
+from fastprompt import AttachError, CheckpointError, CLIPClassifier, CoCoOp, CoOp, MaPLe, ZeroShot
 
 CONFIG, TENSORS = "prompt_config.json", "prompts.safetensors"
 
@@ -216,6 +217,36 @@ def test_a_checkpoint_loads_into_a_cast_model(saved):
     assert all(p.dtype == torch.float32 for p in loaded.learner.parameters())
 
 
+def sign(folder, change):
+    """Changes the config file, with a valid sha256 of its own."""
+    content = json.loads((folder / CONFIG).read_text())
+    change(content)
+    rest = json.dumps({key: x for key, x in content.items() if key != "sha256"}, sort_keys=True)
+    content["sha256"] = hashlib.sha256(rest.encode()).hexdigest()
+    (folder / CONFIG).write_text(json.dumps(content))
+
+
+CHANGES = {
+    "another length": lambda content: content["config"].update(n_ctx=3),
+    "another depth": lambda content: content["config"].update(depth=1),
+    "an unknown field": lambda content: content["config"].update(colour="red"),
+    "an unknown recipe": lambda content: content.update(method="CoOpoc"),
+    "another recipe": lambda content: content.update(method="IVLP"),
+    "no class names": lambda content: content.update(classnames=[]),
+    "class names that are none": lambda content: content.update(classnames=[3]),
+    "a class name that is too long": lambda content: content.update(classnames=["cat " * 80]),
+    "no config": lambda content: content.pop("config"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_that_do_not_fit_together_are_refused(saved, change):
+    sign(saved, CHANGES[change])
+    model = mixed(clip(SMALL))
+    with untouched(model), pytest.raises(CheckpointError):
+        CLIPClassifier.load(model, tokenizer(), saved)
+
+
 def test_a_vpt_checkpoint_is_refused(tmp_path):
     import fastprompt
 
@@ -303,6 +334,29 @@ def test_text_features_are_cached_at_inference_and_refreshed_by_a_step(recipe):
     assert all(p.grad is not None for p in clf.learner.parameters())
 
 
+@pytest.mark.parametrize("recipe", ["CoOp", "CoCoOp", "MaPLe", "templates"])
+def test_what_is_kept_serves_no_other_mode(recipe):
+    """Features kept under autocast or in inference mode are of no use outside."""
+    recipe = (RECIPES | FROZEN)[recipe]
+
+    def fresh():
+        model = clip(SMALL)
+        found = build(SMALL, recipe, cache_images=not isinstance(recipe, MaPLe)) if recipe in RECIPES.values() else None
+        return (found or CLIPClassifier(model, tokenizer(), NAMES, recipe, cache_images=True)).eval()
+
+    want, images = fresh()(pixels(clip())).logits.detach(), pixels(clip())
+    clf = fresh()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = clf(images).logits
+    with torch.inference_mode():
+        assert torch.equal(clf(images).logits, want)
+    with torch.no_grad():
+        assert torch.equal(clf(images).logits, want)
+    assert (rounded - want).abs().max() > 1e-3
+    if list(clf.learner.parameters()):
+        assert same(step(clf), step(fresh()))
+
+
 def test_loading_a_state_refreshes_the_cache():
     clf = build(SMALL, RECIPES["CoOp"]).eval()
     with torch.no_grad():
@@ -360,6 +414,56 @@ def test_it_moves_between_dtypes(recipe):
     clf = build(SMALL, RECIPES[recipe]).double()
     clf.clip.double()
     assert_close(step(clf), step(build(SMALL, RECIPES[recipe], torch.float64)), operations=2**42)
+
+
+@pytest.mark.parametrize("name", ["clip", "model", "learner"])
+@pytest.mark.parametrize("recipe", ["CoOp", "MaPLe"])
+def test_it_is_a_part_of_a_larger_module(recipe, name):
+    whole = torch.nn.ModuleDict({name: build(SMALL, RECIPES[recipe])})
+    state = {key: x.clone() for key, x in whole.state_dict().items()}
+    assert state.keys() == {f"{name}.learner.{key}" for key, _ in whole[name].learner.named_parameters()}
+    nudge(whole[name])
+    whole.load_state_dict(state)
+    assert same(whole.state_dict(), state)
+    del state[f"{name}.learner.context"]
+    with pytest.raises(RuntimeError, match="context"):
+        whole.load_state_dict(state)
+
+
+@pytest.mark.parametrize("recipe", ["CoOp", "MaPLe", "IVLP"])
+def test_a_clip_is_given_back_as_it_was(recipe):
+    model = mixed(clip(SMALL))
+    with untouched(model):
+        clf = CLIPClassifier(model, tokenizer(), NAMES, RECIPES[recipe])
+        nudge(clf.train())
+        clf.detach()
+    with pytest.raises(AttachError):
+        clf.detach()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_any_attention_of_the_model(attention, dtype):
+    model = clip(MIDDLE, dtype)
+    model.set_attn_implementation(attention)
+    clf = CLIPClassifier(model, tokenizer(), NAMES, MaPLe(depth=2))
+    clf.learner.load_state_dict(build(MIDDLE, MaPLe(depth=2), dtype).learner.state_dict())
+    want = build(MIDDLE, MaPLe(depth=2), torch.float64)
+    # transformers' eager attention takes its softmax in float32.
+    assert (clf(pixels(model)).logits - want(pixels(want.clip)).logits).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("recipe", ["CoOp", "CoCoOp", "MaPLe"])
+def test_a_loss_of_ones_own(recipe, chunk):
+    clf = build(SMALL, RECIPES[recipe], torch.float64, class_chunk=chunk)
+    want = step(build(SMALL, RECIPES[recipe], torch.float64))
+    loss = torch.nn.functional.cross_entropy(clf(pixels(clf.clip)).logits, labels(3, len(NAMES)))
+    loss.backward()
+    assert_close(
+        {"loss": loss.detach()} | {key: p.grad for key, p in clf.learner.named_parameters()},
+        {key: x for key, x in want.items() if key != "logits"},
+    )
 
 
 def test_without_labels_there_is_no_loss():

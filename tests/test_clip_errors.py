@@ -57,7 +57,9 @@ def test_a_name_that_the_tokenizer_drops():
     refused(r"classnames: got 'dog', which.*no token", words=words, names=("cat", "dog"), recipe=ZeroShot())
 
 
-@pytest.mark.parametrize("recipe", [CoOp(n_ctx=6), CoCoOp(n_ctx=6, init=None), ZeroShot(("a a a a a {}.",))], ids=repr)
+@pytest.mark.parametrize(
+    "recipe", [CoOp(n_ctx=6), CoCoOp(n_ctx=6, init=None), ZeroShot(("a a a a a a {}.",))], ids=repr
+)
 def test_a_name_that_does_not_fit_is_named(recipe):
     refused(
         rf"classnames: got '{LONG}', which needs 21 tokens.*expected at most 20",
