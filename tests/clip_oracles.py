@@ -165,21 +165,35 @@ def shapes(clip, tokenizer, classnames, recipe) -> dict[str, tuple[int, ...]]:
     return found
 
 
-# SigLIP: no start token, every token sees every token, padded with the tokenizer's pad token, pooled at the last row.
+# SigLIP: no start token, every token sees every token, padded with the tokenizer's pad token, read at the last row;
+# attention pooling of the patches, which sees no prompts.
 
 
-def siglip_logits(model, tokenizer, classnames, pixel_values, context: Tensor | None, words: str) -> Tensor:
-    """``exp(logit_scale) * unit(image) . unit(text) + logit_bias``; ``context [M,W]`` replaces the words."""
-    tower = model.text_model
-    limit = tower.embeddings.position_embedding.num_embeddings
+def siglip_logits(model, tokenizer, classnames, pixel_values, words: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """``exp(logit_scale) * unit(image) . unit(text) + logit_bias``, prompts at the places of CLIP's.
+
+    ``context [M,W]`` replaces the first M words, deeper text prompts what is there; vision prompts follow the patches.
+    """
+    text, vision = model.text_model, model.vision_model
+    limit = text.embeddings.position_embedding.num_embeddings
     rows = [tokenizer(f"{words} {name}.", add_special_tokens=True)["input_ids"] for name in classnames]
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (limit - len(row)) for row in rows])
-    embedded = tower.embeddings.token_embedding(ids)
-    if context is not None:
-        embedded = torch.cat([torch.stack([context] * len(ids)), embedded[:, len(context) :]], dim=1)
-    hidden = embedded + tower.embeddings.position_embedding.weight
-    for layer in tower.encoder.layers:
+    hidden = text.embeddings.token_embedding(ids)
+    prompts = [tensors["context"], *numbered(tensors, "deep_text")] if tensors else []
+    if prompts:
+        hidden = torch.cat([torch.stack([prompts[0]] * len(ids)), hidden[:, len(prompts[0]) :]], dim=1)
+    hidden = hidden + text.embeddings.position_embedding.weight
+    for i, layer in enumerate(text.encoder.layers):
+        if 1 <= i < len(prompts):
+            hidden = torch.cat([torch.stack([prompts[i]] * len(ids)), hidden[:, len(prompts[i]) :]], dim=1)
         hidden = layer(hidden, None)
-    texts = unit(tower.head(tower.final_layer_norm(hidden)[:, -1]))
-    images = unit(model.vision_model(pixel_values).pooler_output)
+    texts = unit(text.head(text.final_layer_norm(hidden)[:, -1]))
+    prompts = maple_vision_prompts(tensors) if "couple.0.weight" in tensors else numbered(tensors, "vision")
+    hidden = vision.embeddings(pixel_values)
+    patches = hidden.shape[1]
+    for i, layer in enumerate(vision.encoder.layers):
+        if i < len(prompts):
+            hidden = torch.cat([hidden[:, :patches], torch.stack([prompts[i]] * len(hidden))], dim=1)
+        hidden = layer(hidden, None)
+    images = unit(vision.head(vision.post_layernorm(hidden[:, :patches])))
     return model.logit_scale.exp() * images @ texts.T + model.logit_bias

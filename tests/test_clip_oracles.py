@@ -174,7 +174,7 @@ def test_siglip_is_transformers():
     texts = [f"a photo of a {name}." for name in NAMES]
     ids = words(texts, padding="max_length", max_length=24, return_tensors="pt")["input_ids"]
     want = model(input_ids=ids, pixel_values=pixels(model)).logits_per_image
-    assert_close({"": siglip_logits(model, words, NAMES, pixels(model), None, "a photo of a")}, {"": want})
+    assert_close({"": siglip_logits(model, words, NAMES, pixels(model), "a photo of a", {})}, {"": want})
     four = words("a photo of a", add_special_tokens=False)["input_ids"]
     context = model.text_model.embeddings.token_embedding.weight[four]
-    assert_close({"": siglip_logits(model, words, NAMES, pixels(model), context, "x x x x")}, {"": want})
+    assert_close({"": siglip_logits(model, words, NAMES, pixels(model), "x x x x", {"context": context})}, {"": want})

@@ -188,12 +188,14 @@ def test_a_bfloat16_model_has_float32_prompts_and_is_as_good_as_published(recipe
     assert_as_good(got, usual, oracle(exact, torch.float64), torch.finfo(BF16).eps)
 
 
-@pytest.mark.parametrize("recipe", ["CoOp", "CoCoOp", "MaPLe"])
-def test_compiled_is_eager(recipe):
-    clf = build(SMALL, RECIPES[recipe], torch.float64)
+@pytest.mark.parametrize(
+    "recipe, chunk, backend", [("CoOp", 3, "eager"), ("CoCoOp", None, "aot_eager"), ("MaPLe", None, "eager")]
+)
+def test_compiles_as_one_graph(recipe, chunk, backend):
+    clf = build(SMALL, RECIPES[recipe], torch.float64, class_chunk=chunk)
     want = step(clf)
     images = pixels(clf.clip)
-    compiled = torch.compile(clf, backend="aot_eager")
+    compiled = torch.compile(clf, fullgraph=True, backend=backend)
     clf.zero_grad()
     try:
         out = compiled(images, labels=labels(3, len(NAMES)))
@@ -235,23 +237,37 @@ def test_a_training_run_follows_the_published_run(recipe):
 # SigLIP
 
 
-@pytest.mark.parametrize("share", [None, "none"])
-def test_siglip_is_encoded_plainly(share, recwarn):
+SIGLIP = {
+    "CoOp": (CoOp(n_ctx=3), "x x x"),
+    "MaPLe": (MaPLe(depth=2), "a photo of a"),
+    "MaPLe shallow": (MaPLe(depth=1), "a photo of a"),
+    "IVLP": (IVLP(n_vision=3, depth=2), "a photo of a"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:clip. the text tower of SiglipTextModel is not causal")
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("recipe", SIGLIP)
+def test_siglip_is_encoded_plainly(recipe, chunk):
+    (recipe, start), words = SIGLIP[recipe], tokenizer(start=False)
     model = siglip(torch.float64)
-    clf = CLIPClassifier(model, tokenizer(start=False), NAMES, CoOp(n_ctx=3), share=share)
-    context = values({"context": (3, 16)}, torch.float64)["context"]
-    clf.learner.load_state_dict({"context": context})
+    clf = CLIPClassifier(model, words, NAMES, recipe, class_chunk=chunk)
+    tensors = values({key: p.shape for key, p in clf.learner.named_parameters()}, torch.float64)
+    clf.learner.load_state_dict(tensors)
     got = step(clf)
-    logits = siglip_logits(model, tokenizer(start=False), NAMES, pixels(model), context, "x x x")
+    plain = siglip(torch.float64).requires_grad_(False)
+    logits = siglip_logits(plain, words, NAMES, pixels(plain), start, tensors)
     loss = cross_entropy(logits, labels(3, len(NAMES)))
-    (gradient,) = torch.autograd.grad(loss, [context])
-    assert_close(got, {"logits": logits.detach(), "loss": loss.detach(), "context": gradient})
+    gradients = torch.autograd.grad(loss, list(tensors.values()))
+    want = {"logits": logits.detach(), "loss": loss.detach()} | dict(zip(tensors, gradients, strict=True))
+    assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:clip. the text tower of SiglipTextModel is not causal")
 def test_siglip_zero_shot_is_transformers():
     model = siglip(torch.float64)
     clf = CLIPClassifier(model, tokenizer(start=False), NAMES, FROZEN["one template"])
-    want = siglip_logits(model, tokenizer(start=False), NAMES, pixels(model), None, "a photo of a")
+    want = siglip_logits(model, tokenizer(start=False), NAMES, pixels(model), "a photo of a", {})
     assert_close({"": clf(pixels(model)).logits}, {"": want})
 
 
