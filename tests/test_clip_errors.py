@@ -233,5 +233,5 @@ def test_templates_of_zero_shot_weights():
 
 def test_image_features_are_needed_for_image_conditioned_text():
     clf = build(SMALL, RECIPES["CoCoOp"])
-    with pytest.raises(ValueError, match="image: got None"):
+    with pytest.raises(ValueError, match="image_features: got None"):
         clf.text_features()

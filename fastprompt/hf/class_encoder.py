@@ -41,7 +41,6 @@ class ClassEncoder(nn.Module):
         self.classnames, self.class_chunk = check_classnames(classnames), class_chunk
         self.tower = TextTower(clip)
         self.words = Words(tokenizer, self.tower.vocabulary, self.tower.limit, self.tower.causal)
-        self.sites = ClipSites.of(clip, self.tower, len(self.classnames), lambda x: self.tower.embed(self.words.ids(x)))
         self.share = "none"
         self._sequences: list[list[int]] = []
         self._prefix = 0
@@ -50,6 +49,10 @@ class ClassEncoder(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_kept": {}}
+
+    def sites(self, clip: Any) -> ClipSites:
+        """What a recipe needs to know of the model."""
+        return ClipSites.of(clip, self.tower, len(self.classnames), lambda x: self.tower.embed(self.words.ids(x)))
 
     def lay_out(self, recipe: Any, length: int, share: str | None) -> None:
         """Lay out every class's text around a context of ``length`` tokens.

@@ -66,7 +66,9 @@ class DualPrompt(nn.Module):
         if self.meta is None or self.context is None:
             return self.context
         if image is None:
-            raise ValueError("image: got None, expected unit image features [B,D]: this context depends on the image")
+            raise ValueError(
+                "image_features: got None, expected unit image features [B,D]: this context depends on the image"
+            )
         return self.context + self.meta(image.to(self.context.dtype)).unsqueeze(1)
 
     def vision_rows(self, layer: int) -> Tensor:

@@ -81,7 +81,7 @@ class CLIPClassifier(nn.Module):
         if isinstance(recipe, type) or type(recipe).__name__ not in CLIP_RECIPES:
             raise TypeError(f"recipe: got {recipe!r}, expected one of {', '.join(CLIP_RECIPES)}, e.g. CoOp(n_ctx=16)")
         texts = ClassEncoder(clip, tokenizer, classnames, class_chunk)
-        learner = recipe.build(texts.sites).to(clip.logit_scale.device)
+        learner = recipe.build(texts.sites(clip)).to(clip.logit_scale.device)
         if cache_images and learner.vision_depth:
             raise ValueError(
                 f"cache_images: got True, but {type(recipe).__name__} learns in the vision tower, whose features "
@@ -134,19 +134,19 @@ class CLIPClassifier(nn.Module):
             return image_features(self.clip, pixel_values)
         return self._images.lookup(pixel_values, lambda x: image_features(self.clip, x))
 
-    def text_features(self, image: Tensor | None = None) -> Tensor:
+    def text_features(self, image_features: Tensor | None = None) -> Tensor:
         """Unit text features ``[C,D]``, or ``[B,C,D]`` where the recipe's context depends on the image.
 
         Where no gradient is needed they are kept until a prompt or a weight changes.
 
         Args:
-            image: Unit image features ``[B,D]``; `CoCoOp` alone reads them.
+            image_features: Unit rows ``[B,D]``; `CoCoOp` alone reads them.
         """
         if self.learner.context is None:
             return self.texts.template_features(self.recipe.templates)
         deep = list(self.learner.deep_text)
         if self.learner.meta is not None:
-            return self.texts.encode_all(self._context(image), deep)
+            return self.texts.encode_all(self._context(image_features), deep)
         compute = lambda: self.texts.encode_all(self._context(None), deep)[0]  # noqa: E731
         return self.texts.keep("learned", self.learner.parameters(), compute)
 
@@ -270,26 +270,41 @@ class CLIPClassifier(nn.Module):
         clip_checkpoint.save(self, Path(directory))
 
     @classmethod
-    def load(cls, clip: Any, tokenizer: Any, directory: str | Path, **options: Any) -> CLIPClassifier:
+    def load(
+        cls,
+        clip: Any,
+        tokenizer: Any,
+        directory: str | Path,
+        *,
+        share: str | None = None,
+        class_chunk: int | None = None,
+        cache_images: bool = False,
+    ) -> CLIPClassifier:
         """The classifier that `save` wrote, on the CLIP it was trained on.
 
         Args:
             clip: The base model (same weights; another float dtype is fine).
             tokenizer: Its tokenizer.
             directory: Holds both files.
-            **options: ``share``, ``class_chunk``, ``cache_images``.
+            share: As for a new classifier.
+            class_chunk: As for a new classifier.
+            cache_images: As for a new classifier.
 
         Raises:
             CheckpointError: a file is missing or changed, or belongs to another CLIP; ``clip`` is left as it was.
         """
         content, tensors = clip_checkpoint.read(Path(directory), CLIP_RECIPES)
+        check_clip(clip)
+        clip_checkpoint.check_base(content, clip)
         try:
-            clip_checkpoint.check_base(content, clip)
             recipe = CLIP_RECIPES[content["method"]](**content["config"])
             with torch.random.fork_rng([]):  # the initial prompts are drawn, and then replaced
+                options: Any = {"share": share, "class_chunk": class_chunk, "cache_images": cache_images}
                 clf = cls(clip, tokenizer, content["classnames"], recipe, **options)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"clip: the saved prompts do not fit {type(clip).__name__}: {error}") from error
+            raise CheckpointError(
+                f"directory: what {directory} holds does not fit this CLIP, tokenizer and options: {error}"
+            ) from error
         try:
             clip_checkpoint.fill(clf.learner, tensors)
         except BaseException:
