@@ -68,8 +68,8 @@ class Recipe:
     lr: float = 1e-3
     weight_decay: float = 0.2
     warmup: float = 0.05
-    kind_share: float = 0.4
-    width: int = 192
+    kind_share: float = 0.5
+    width: int = 160
     layers: int = 6
     image_size: int = 64
     patch: int = 16
@@ -101,9 +101,9 @@ def all_texts(data: OpenMoji) -> list[str]:
 
 
 def augmented(drawings: Tensor) -> Tensor:
-    """Move, turn, scale and tint drawings ``[B,3,H,W]`` of 0..1; what comes in from outside is white."""
+    """Move, turn, scale and recolour drawings ``[B,3,H,W]`` of 0..1; what comes in from outside is white."""
     count = len(drawings)
-    angle = 0.5 * (torch.rand(count) - 0.5)
+    angle = 0.6 * (torch.rand(count) - 0.5)
     scale = 0.8 + 0.5 * torch.rand(count)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     shift = 0.3 * (torch.rand(2, count) - 0.5)
@@ -111,9 +111,12 @@ def augmented(drawings: Tensor) -> Tensor:
     affine = torch.stack([cos, -sin * stretch, shift[0], sin, cos * stretch, shift[1]], dim=1).view(count, 2, 3)
     grid = nn.functional.affine_grid(affine, list(drawings.shape), align_corners=False)
     moved = 1 - nn.functional.grid_sample(1 - drawings, grid, align_corners=False)
-    contrast = 0.6 + 0.5 * torch.rand(count, 1, 1, 1)
+    # Less colour, and brighter: shapes and black lines stay.
+    grey = moved.mean(dim=1, keepdim=True)
+    saturation = (1.5 * torch.rand(count, 1, 1, 1)).clamp(max=1)
     tint = 1 + 0.3 * (torch.rand(count, 3, 1, 1) - 0.5)
-    return (1 - contrast * tint * (1 - moved)).clamp(0, 1)
+    brightness = 0.8 * 4 ** torch.rand(count, 1, 1, 1).square()
+    return ((grey + saturation * (moved - grey)) * tint * brightness).clamp(0, 1)
 
 
 def contrastive_loss(logits: Tensor, ids: Tensor) -> Tensor:
