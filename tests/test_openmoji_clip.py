@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CLIP that ships: its tokenizer, its files, and what it knows of drawings that it never saw."""
+"""The CLIP that ships: its tokenizer, its pretraining, its files, and what it knows of drawings that it never saw."""
 
 import gzip
+import importlib
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 from fastprompt.data import ImageDataset, load_openmoji
-from fastprompt.data.openmoji import drawer
+from fastprompt.data.openmoji import Emoji, OpenMoji, drawer
 from fastprompt.errors import AssetError, CheckpointError
 from fastprompt.hf.clip_tokenizer import load_clip_tokenizer
 from fastprompt.hf.images import image_transform
@@ -59,6 +62,74 @@ def test_a_short_vocabulary_is_refused(tmp_path):
     file.write_bytes(gzip.compress(b"#version\ni n\nt h\n"))
     with pytest.raises(AssetError, match=r"expected 48894 pairs"):
         load_clip_tokenizer(file)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The pretraining script as a module."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    return importlib.import_module("pretrain_openmoji_clip")
+
+
+@pytest.fixture
+def drawings(tmp_path):
+    """Eight emoji without a class, so that all are pretrained on; one has a second skin tone."""
+    emoji = []
+    for index in range(8):
+        file = tmp_path / f"{index}.svg"
+        file.write_text(
+            '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">'
+            f'<g id="color"><rect x="{8 * index}" y="9" width="20" height="50" fill="#0{index}f"/></g></svg>'
+        )
+        tones = (file,) if index == 3 else ()
+        emoji.append(Emoji(str(index), file, (f"bar {index}",), "Symbols", "geometric", str(index), tones))
+    return OpenMoji(tmp_path, tuple(emoji))
+
+
+@pytest.mark.assets
+def test_pretraining_goes_on_from_ctrl_c_as_if_it_had_not_stopped(example, drawings, tmp_path, monkeypatch):
+    recipe = example.Recipe(epochs=3, batch=4, width=32, layers=1, image_size=16, patch=8)
+    whole = example.Pretraining(drawings, recipe, tmp_path / "whole")
+    before = [p.detach().clone() for p in whole.params]
+    whole.run()
+    assert whole.step == 6 and not all(map(torch.equal, before, whole.params))
+
+    stopped = example.Pretraining(drawings, recipe, tmp_path / "stopped")
+    take_step = stopped._take_step
+
+    def interrupted():
+        if stopped.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return take_step()
+
+    monkeypatch.setattr(stopped, "_take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert stopped.step == 4
+    resumed = example.Pretraining(drawings, recipe, tmp_path / "stopped")
+    resumed.resume()
+    assert resumed.step == 4
+    resumed.run()
+    assert all(map(torch.equal, whole.params, resumed.params))
+    other = example.Pretraining(drawings, example.Recipe(epochs=4, batch=4, width=32, layers=1), tmp_path / "stopped")
+    with pytest.raises(CheckpointError, match=r"epochs: got 4, expected 3"):
+        other.resume()
+
+
+def test_images_of_one_caption_are_not_set_against_each_other(example):
+    logits = torch.randn(3, 3, dtype=torch.float64)
+    apart = example.contrastive_loss(logits, torch.tensor([[1, 2], [1, 3], [4, 4]]))
+    by_image, by_text = logits.log_softmax(1), logits.log_softmax(0)
+    torch.testing.assert_close(apart, -(by_image.diagonal() + by_text.diagonal()).mean() / 2)
+    shared = example.contrastive_loss(logits, torch.tensor([[1, 2], [1, 2], [4, 4]]))
+    target = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(shared, -(target * (by_image + by_text)).sum() / 6)
+
+
+def test_augmentation_keeps_white_white_and_values_in_range(example):
+    assert (example.augmented(torch.ones(4, 3, 16, 16), 1.0) >= 0.6).all()
+    moved = example.augmented(torch.rand(4, 3, 16, 16), 1.0)
+    assert moved.shape == (4, 3, 16, 16) and 0 <= moved.min() and moved.max() <= 1
 
 
 @pytest.mark.assets
