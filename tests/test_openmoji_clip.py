@@ -118,12 +118,21 @@ def test_pretraining_goes_on_from_ctrl_c_as_if_it_had_not_stopped(example, drawi
 
 def test_images_of_one_caption_are_not_set_against_each_other(example):
     logits = torch.randn(3, 3, dtype=torch.float64)
-    apart = example.contrastive_loss(logits, torch.tensor([[1, 2], [1, 3], [4, 4]]))
+    apart = example.contrastive_loss(logits, torch.arange(3))
     by_image, by_text = logits.log_softmax(1), logits.log_softmax(0)
     torch.testing.assert_close(apart, -(by_image.diagonal() + by_text.diagonal()).mean() / 2)
-    shared = example.contrastive_loss(logits, torch.tensor([[1, 2], [1, 2], [4, 4]]))
-    target = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]], dtype=torch.float64)
-    torch.testing.assert_close(shared, -(target * (by_image + by_text)).sum() / 6)
+    shared = example.contrastive_loss(logits[:, :2], torch.tensor([1, 0, 1]))
+    by_image = logits[:, :2].log_softmax(1)
+    of_images = by_image[0, 1] + by_image[1, 0] + by_image[2, 1]
+    of_texts = by_text[1, 0] + (by_text[0, 1] + by_text[2, 1]) / 2
+    torch.testing.assert_close(shared, -(of_images / 3 + of_texts / 2) / 2)
+
+
+def test_captions_of_a_kind_are_said_once(example, drawings):
+    of_each, of_kinds, kind = example.captions(drawings.emoji)
+    assert len(of_each) == 8 and all(f"bar {index}" in text for index, text in enumerate(of_each))
+    assert len(of_kinds) == 1 and ("geometric" in of_kinds[0] or "symbols" in of_kinds[0])
+    assert kind.tolist() == [0] * 8
 
 
 def test_augmentation_keeps_white_white_and_values_in_range(example):
