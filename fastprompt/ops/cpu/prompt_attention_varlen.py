@@ -3,7 +3,8 @@
 
 Two attentions are merged by their log-sum-exp (identity I1): every sequence over itself, where sequences of one length
 form a batch, so that nothing is padded; and every row over its prompt, where all rows that read one prompt stand in one
-product. The backward passes of both read the merged output and lse and need nothing else of each other.
+product. The backward passes of both read the merged output and lse and need nothing else of each other. Short causal
+sequences, such as the classes of a text tower, take `windows` instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastprompt.ops.checks import without_autocast
+from fastprompt.ops.cpu import windows
 from fastprompt.ops.cpu.prompt_attention import dense_rows
 
 # Scores of one tile of the backward (elements).
@@ -83,6 +86,17 @@ def _readers(cu_seqlens: Tensor, prompt_index: Tensor | None, bank: int) -> Segm
     return _segments(cu_seqlens, prompt_index, bank)
 
 
+def _short(
+    cu_seqlens: Tensor, prompt_index: Tensor | None, bank: int, is_causal: bool
+) -> tuple[list[windows.Tile], int]:
+    """The tiles where `windows` is the faster way, else none; and the rows of the longest sequence."""
+    longest = int(cu_seqlens.diff().max())
+    if not windows.short(longest, is_causal):
+        return [], longest
+    tiled = windows.tiles(cu_seqlens, prompt_index, bank)
+    return tiled if windows.shared(tiled) else [], longest
+
+
 def _per_query_head(x: Tensor, groups: int) -> Tensor:
     """``[n,Hkv,M,D]`` for every query head."""
     return x.repeat_interleave(groups, dim=1) if groups > 1 else x
@@ -109,6 +123,10 @@ def forward(
     if not query.numel():
         wide = torch.promote_types(query.dtype, torch.float32)
         return query.new_zeros(query.shape), torch.full(query.shape[:2], -torch.inf, dtype=wide)
+    tiled, longest = _short(cu_seqlens, prompt_index, len(prompt_key), is_causal)
+    if tiled:
+        with without_autocast("cpu"):
+            return windows.forward(query, key, value, prompt_key, prompt_value, cu_seqlens, tiled, longest, scale)
     groups = query.shape[1] // key.shape[1]
     query, key, value = map(dense_rows, (query, key, value))
     segments = _sequences(cu_seqlens)
@@ -160,10 +178,14 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the inputs flagged in ``needs`` (query, key, value, prompt_key, prompt_value), in that order."""
     inputs = (query, key, value, prompt_key, prompt_value)
-    # A prompt that nobody reads keeps its zeros.
-    grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs[3:], needs[3:], strict=True)]
     if not query.numel():
         return [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+    tiled, longest = _short(cu_seqlens, prompt_index, len(prompt_key), is_causal)
+    if tiled and any(needs[:3]):
+        with without_autocast("cpu"):
+            return windows.backward(grad_out, grad_lse, *inputs, cu_seqlens, tiled, longest, scale, needs)
+    # A prompt that nobody reads keeps its zeros.
+    grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs[3:], needs[3:], strict=True)]
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     query, key, value, grad_out = map(dense_rows, (query, key, value, grad_out))
