@@ -51,12 +51,14 @@ class Provider:
         check: Returns what is compared with the case's reference; None is not compared (it does other work).
         why_not: Why it cannot run here, if that is known beforehand.
         work: Counted operations and bytes; None where nobody counts them.
+        tokens: Token rows that a layer computes; None where nobody counts them.
     """
 
     build: Callable[[], Step]
     check: Callable[[], list[Tensor]] | None = None
     why_not: str | None = None
     work: Work | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -126,6 +128,27 @@ def summary(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str,
             r20, r50, r80 = np.percentile(np.asarray(values) / np.asarray(times[baseline]), (20, 50, 80))
             rows[name] |= {"ratio_p20": float(r20), "ratio_p50": float(r50), "ratio_p80": float(r80)}
     return rows
+
+
+def too_large(needed: int, device: str) -> str | None:
+    """Why work that keeps ``needed`` bytes alive is not tried here; None if it fits into what is free now."""
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if needed < 0.9 * free:
+        return None
+    return f"activations need {needed / 2**30:.1f} GiB, more than the {free / 2**30:.1f} GiB free"
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system, where its C library can, so that the resident set tells what is held."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def machine(device: str) -> dict[str, Any]:

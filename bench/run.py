@@ -85,7 +85,8 @@ def _examine(case: Case, name: str, want: list[Tensor], peak: Callable[[str], An
     if why_not:
         return {"why_not": why_not}
     work = {"flops": provider.work.flops, "bytes": provider.work.bytes} if provider.work else {}
-    return {"difference": found, "peak_bytes": peak_bytes, **work}
+    tokens = {} if provider.tokens is None else {"tokens": provider.tokens}
+    return {"difference": found, "peak_bytes": peak_bytes, **work, **tokens}
 
 
 def peak_in_fresh_process(case: str, device: str, params: dict[str, Any], provider: str) -> int | str:
