@@ -61,6 +61,10 @@ BENCH   = $(BIN)/python -m bench.run --device $(DEVICE) --resume --json bench/re
 bench: $(VENV)/.dev
 	$(call BENCH,vpt_step)
 	$(call BENCH,prefix_step) --set $(DTYPES) checkpointing=0,1
+	$(call BENCH,coop_text) --rounds 5 --set classes=10,100,1000 dtype=float32,bfloat16
+	$(call BENCH,cocoop_step) --rounds 3 --set batch=8 tower=0,1
+	$(call BENCH,cocoop_step) --rounds 1 --set batch=32
+	$(call BENCH,maple_step) --rounds 5
 	$(call BENCH,prompt_attention) --rounds $(ROUNDS) --set prompts=10,50,100,200 $(DTYPES) $(MODES)
 	$(call BENCH,prompt_attention_varlen) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
 ifeq ($(DEVICE),cpu)

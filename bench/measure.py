@@ -143,7 +143,7 @@ def too_large(needed: int, device: str) -> str | None:
 
 
 def give_back() -> None:
-    """Return memory that was freed to the system, where its C library can, so that the resident set tells what is held."""
+    """Return freed memory to the system, where the C library can: the resident set then tells what is held."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's

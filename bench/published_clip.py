@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP prompt learning as published, over the layers of transformers, and the CLIP that cases run on.
 
-Every class is a row of 77 tokens (or, trimmed, of as many as the longest class needs), context included. W, Wv and D are
-the text, vision and projected widths, M the context tokens, C the classes. Nothing here is fastprompt's.
+Every class is a row of 77 tokens (or, trimmed, of as many as the longest class needs), context included. W, Wv and D
+are the text, vision and projected widths, M the context tokens, C the classes. Nothing here is fastprompt's.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class Texts:
         self.embedded = embedding(ids)
         self.positions = clip.text_model.embeddings.position_embedding.weight[: self.length]
         self.ends = torch.tensor(self.lengths, device=device) - 1
+        self.mask = causal_lower_right(self.length - 1 - slots, self.length)  # a class's own rows over all
 
     def features(self, context: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """Unit features ``[C,D]`` with ``context [M,W]``; ``deep[l-1]`` replaces rows 1..M before layer l."""
@@ -117,7 +118,6 @@ class Texts:
         own = self.embedded[:, before:] + self.positions[before:]
         classes, tokens, width = own.shape
         hidden = torch.cat([rows, own.flatten(0, 1)])  # of the prefix once, and of all classes
-        mask = causal_lower_right(tokens, before + tokens)
         for layer in self.clip.text_model.encoder.layers:
             attention = layer.self_attn
             normed = layer.layer_norm1(hidden)
@@ -129,7 +129,7 @@ class Texts:
             )
             mixed = (
                 scaled_dot_product_attention(*prefix, is_causal=True),
-                scaled_dot_product_attention(suffix[0], key, value, mask),
+                scaled_dot_product_attention(suffix[0], key, value, self.mask),
             )
             hidden = hidden + attention.out_proj(torch.cat([x.transpose(1, 2).reshape(-1, width) for x in mixed]))
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
@@ -145,7 +145,7 @@ class Texts:
 
 
 def image_features(clip: CLIPModel, pixels: Tensor, prompts: Sequence[Tensor] = ()) -> Tensor:
-    """Unit features ``[B,D]``; ``prompts[0] [Mv,Wv]`` goes behind the patches, ``prompts[l]`` in its place at layer l."""
+    """Unit features ``[B,D]``; ``prompts[0] [Mv,Wv]`` goes behind the patches, ``prompts[l]`` takes its place at l."""
     tower = clip.vision_model
     hidden = tower.embeddings(pixels)
     if prompts:
@@ -168,7 +168,7 @@ def meta_network(learned: Mapping[str, Tensor], features: Tensor) -> Tensor:
 def activation_bytes(rows: int, width: int, layers: int, dtype: torch.dtype) -> int:
     """What autograd keeps of a text tower's rows: 14 W a row and layer.
 
-    Inputs of both norms, queries, keys, values and attention's output (6 W), QuickGELU's input and sigmoid (8 W); products
-    with frozen weights keep no inputs.
+    Inputs of both norms, queries, keys, values and attention's output (6 W), QuickGELU's input and sigmoid (8 W);
+    products with frozen weights keep no inputs.
     """
     return rows * layers * 14 * width * dtype.itemsize

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.rows import RESULTS, by_params, read
+from bench.rows import RESULTS, Row, by_params, read, varying
 from bench.run import names
 from bench.tables import ceilings_text, detail, pivot
 from fastprompt.demo import table
@@ -60,6 +60,41 @@ def prefix_step_block() -> str:
     return f"{p['prompts']} prompts in each of {p['layers']} layers, {p['batch']} x {p['tokens']} tokens:\n\n{lines}"
 
 
+def clip_prompts_block() -> str:
+    """Steps of CLIP prompt learning in float32: one table for all cases."""
+    cases = {
+        "coop_text": lambda p: f"CoOp, text side, {p['classes']:,} classes",
+        "cocoop_step": lambda p: f"CoCoOp, batch {p['batch']}, {p['classes']} classes" + ", images too" * p["tower"],
+        "maple_step": lambda p: f"MaPLe, batch {p['batch']}, {p['classes']} classes",
+    }
+    names = {
+        "published": "published: 77 tokens a class",
+        "trimmed": "cut behind the longest class",
+        "shared": "cut, shared context (SDPA)",
+        "fastprompt": "**fastprompt**",
+    }
+    head = ("step", "form", "token rows", "s a step", "against published", "peak memory of a step")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for case, title in cases.items():
+        file = RESULTS / f"{case}-cpu.jsonl"
+        groups = by_params(read(file)) if file.exists() else []
+        groups = [g for g in groups if g[0]["params"]["dtype"] == "float32"]
+        lines += [f"| `{case}` | | | *not measured* | | |"] * (not groups)
+        for group in groups:
+            rows = {r["provider"]: r for r in group}
+            for provider in (name for name in names if name in rows):
+                cells = " | ".join(_clip_cells(rows[provider]))
+                lines.append(f"| {title(group[0]['params'])} | {names[provider]} | {cells} |")
+    return "\n".join(lines)
+
+
+def _clip_cells(r: Row) -> tuple[str, str, str, str]:
+    if "why_not" in r:
+        return "", r["why_not"], "", ""
+    against = f"{r['ratio_p50']:.3f}x" if "ratio_p50" in r else "-"
+    return f"{r['tokens']:,}", f"{r['p50_s']:.2f}", against, f"{r['peak_bytes'] / 2**20:,.0f} MiB"
+
+
 def step_table(case: str, names: dict[str, str], **params: Any) -> tuple[dict[str, Any], str]:
     """Parameters of a whole-step benchmark on the CPU, and its table: each provider against the first and the floor."""
     found = [r for r in read(RESULTS / f"{case}-cpu.jsonl") if params.items() <= r["params"].items()]
@@ -106,14 +141,15 @@ def results_block() -> str:
         groups = by_params(read(file))
         if groups:
             parts.append(f"## `{groups[0][0]['case']}` ([{file.name}]({file.name}))")
-            parts += [pivot(groups)] if len(groups) > 4 else [detail(group) for group in groups]
+            many = len(groups) > 4 and "prompts" in varying(groups)[0]
+            parts += [pivot(groups)] if many else [detail(group) for group in groups]
     return "\n\n".join(parts)
 
 
 def written() -> dict[Path, str]:
     """The two files with their tables as the results are now."""
     found = {}
-    steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block}
+    steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block, "clip_prompts": clip_prompts_block}
     for file, blocks in (
         (ROOT / "README.md", {"demo": demo_block, "tune_text": tune_text_block, **steps}),
         (RESULTS / "README.md", {"cases": cases_block, "results": results_block}),

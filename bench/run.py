@@ -104,7 +104,9 @@ def peak_in_fresh_process(case: str, device: str, params: dict[str, Any], provid
 def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
     """The rows as a table for people."""
     ratio = f"x {case.baseline}"
-    head = f"{'provider':<20} {'p50 ms':>9} {'p20':>9} {'p80':>9} {ratio:>14} {'peak MiB':>9} {'TFLOP/s':>8}"
+    head = (
+        f"{'provider':<20} {'p50 ms':>9} {'p20':>9} {'p80':>9} {ratio:>14} {'peak MiB':>9} {'TFLOP/s':>8} {'tokens':>8}"
+    )
     lines = [f"{case.name}: {settings(case.params)}", head]
     for name, r in rows.items():
         if "why_not" in r:
@@ -112,8 +114,9 @@ def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
             continue
         times = " ".join(f"{1e3 * r[k]:9.3f}" for k in ("p50_s", "p20_s", "p80_s"))
         ratio = f"{r['ratio_p50']:14.3f}" if "ratio_p50" in r else f"{'':>14}"
-        rate = f"{r['flops'] / r['p50_s'] / 1e12:8.2f}" if "flops" in r else ""
-        lines.append(f"{name:<20} {times} {ratio} {r['peak_bytes'] / 2**20:9.0f} {rate}")
+        rate = f"{r['flops'] / r['p50_s'] / 1e12:8.2f}" if "flops" in r else f"{'':>8}"
+        tokens = f"{r['tokens']:8}" if "tokens" in r else ""
+        lines.append(f"{name:<20} {times} {ratio} {r['peak_bytes'] / 2**20:9.0f} {rate} {tokens}".rstrip())
     return "\n".join(lines)
 
 

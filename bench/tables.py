@@ -12,18 +12,17 @@ from bench.rows import RESULTS, Row, settings, varying
 
 def detail(group: list[Row]) -> str:
     """All that is known of one set of parameters, a line a provider."""
-    counted = any("flops" in r for r in group)
+    counted, rows = (any(key in r for r in group) for key in ("flops", "tokens"))
     found = ceilings("cpu" if "threads" in group[0]["machine"] else "cuda")
-    lines = [
-        f"| provider | p50 ms | p20 | p80 | against {group[0]['baseline']} | peak MiB |" + " TFLOP/s |" * counted,
-        "|---|---|---|---|---|---|" + "---|" * counted,
-    ]
+    more = ["TFLOP/s"] * counted + ["token rows"] * rows
+    head = ["provider", "p50 ms", "p20", "p80", f"against {group[0]['baseline']}", "peak MiB", *more]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in group:
         if r.get("why_not") == OOM:
-            lines.append(f"| {r['provider']} | out of memory |" + " |" * (4 + counted))
+            lines.append(f"| {r['provider']} | out of memory |" + " |" * (4 + len(more)))
         elif "why_not" not in r:
             times = " | ".join(_milliseconds(r[k]) for k in ("p50_s", "p20_s", "p80_s"))
-            rate = f" {_rate(r, found)} |" * counted
+            rate = f" {_rate(r, found)} |" * counted + (f" {r['tokens']:,} |" if "tokens" in r else " |" * rows)
             lines.append(f"| {r['provider']} | {times} | {_ratio(r, 3)} | {r['peak_bytes'] / 2**20:,.0f} |{rate}")
     return "\n\n".join([f"{settings(group[0]['params'])}. {_where(group)}.", "\n".join(lines), *_absent([group])])
 

@@ -3,20 +3,27 @@
 
 import json
 import math
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import compare, plot, report, roofline, rows, run, tables
 from bench.case import CannotRun, Case, Provider, attention_work, difference
-from bench.measure import FAILED, OOM, WRONG, attempt, interleave, summary, wall_clock
+from bench.cases import coop_text
+from bench.measure import FAILED, OOM, WRONG, attempt, interleave, summary, too_large, wall_clock
+from bench.published_clip import activation_bytes
 from bench.run import build, grid, main, measure, names
 from fastprompt.tuning.memory import peak_memory
 
 TINY = {
+    "cocoop_step": {"batch": 3, "classes": 5, "layers": 2, "width": 128, "vocab": 1200, "pixels": 32},
+    "coop_text": {"classes": 7, "context": 5, "layers": 2, "width": 128, "vocab": 1200},
     "cpu_candidates": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
+    "maple_step": {"classes": 5, "depth": 2, "layers": 3, "width": 128, "vocab": 1200, "pixels": 32},
     "prefix_step": {"batch": 2, "tokens": 7, "prompts": 5, "layers": 2, "width": 72, "vocab": 31},
     "prompt_attention": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
     "prompt_attention_varlen": {"classes": 5, "heads": 2, "dim": 16, "prompts": 3},
@@ -72,10 +79,49 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
 @pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("prefix_step", {"peft", "kv_concat", "fastprompt"}), ("vpt_step", {"kv_concat", "fastprompt"})],
+    [
+        ("cocoop_step", {"published", "trimmed", "fastprompt"}),
+        ("coop_text", {f"{n}{c}" for n in ("published", "trimmed", "shared", "fastprompt") for c in ("", "/compiled")}),
+        ("maple_step", {"published", "trimmed", "fastprompt"}),
+        ("prefix_step", {"peft", "kv_concat", "fastprompt"}),
+        ("vpt_step", {"kv_concat", "fastprompt"}),
+    ],
 )
 def test_steps_agree_with_the_reference(name, expected):
     assert agreed(build(name, "cpu", TINY[name])) == (expected, {})
+
+
+def test_coop_text_agrees_in_bfloat16_and_in_chunks(monkeypatch):
+    monkeypatch.setattr(coop_text, "CHUNK", 3)
+    case = build("coop_text", "cpu", TINY["coop_text"] | {"dtype": "bfloat16"})
+    assert agreed(case) == (set(case.providers), {})
+
+
+@pytest.mark.parametrize("provider", ["published", "trimmed", "shared", "fastprompt"])
+def test_coop_text_counts_the_products_it_computes(provider):
+    shape = TINY["coop_text"]
+    step = build("coop_text", "cpu", shape).providers[provider].build()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "b" not in str(op))
+    found = build("coop_text", "cpu", shape).providers[provider]
+    assert 0 < found.work.flops - products < 0.1 * products  # the rest is attention's
+
+
+def test_cocoop_step_with_the_image_tower():
+    assert agreed(build("cocoop_step", "cpu", TINY["cocoop_step"] | {"tower": 1}))[1] == {}
+
+
+@pytest.mark.parametrize("name", ["cocoop_step", "coop_text", "maple_step"])
+def test_what_would_not_fit_is_a_reason_with_an_estimate(name, monkeypatch):
+    monkeypatch.setattr(sys.modules[f"bench.cases.{name}"], "too_large", lambda n, device: too_large(n << 30, device))
+    reasons = {n: p.why_not for n, p in build(name, "cpu", TINY[name]).providers.items()}
+    assert reasons["fastprompt"] is None
+    assert "activations need" in reasons["published"] and "GiB free" in reasons["published"]
+
+
+def test_published_activations_are_28_7_kb_a_row_and_layer():
+    assert activation_bytes(1, 512, 1, torch.float32) == 28672
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)

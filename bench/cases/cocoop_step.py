@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CoCoOp training step, CLIP ViT-B/16, 100 classes, 4 context tokens: loss and gradients of the context and the net.
 
-Providers: `published` (a Python loop over images; each encodes all classes at 77 tokens and goes backward at once, as the
-released code does with batch 1, so that the memory is that of one image), `trimmed` (the same cut behind the longest
-class) and `fastprompt` (all images and classes in packed passes). The image tower is frozen and its features are the
-same in all: with ``tower`` 0 they are given, with 1 every step computes them.
+Providers: `published` (a Python loop over images; each encodes all classes at 77 tokens and goes backward at once, as
+the released code does with batch 1, so that the memory is that of one image), `trimmed` (the same, cut behind the
+longest class) and `fastprompt` (all images and classes in packed passes). The image tower is frozen and its features
+are the same in all: with ``tower`` 0 they are given, with 1 every step computes them.
 """
 
 from __future__ import annotations

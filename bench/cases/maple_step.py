@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A MaPLe training step, CLIP ViT-B/16, batch 4, 100 classes, both towers: loss and gradients of all learned tensors.
 
-2 prompts in each of 9 layers. Providers: `published` (77 tokens a class, prompts concatenated as tokens in every layer of
-both towers), `trimmed` (texts cut behind the longest class) and `fastprompt`. Token rows are those of the text tower.
+2 prompts in each of 9 layers. Providers: `published` (77 tokens a class, prompts concatenated as tokens in every layer
+of both towers), `trimmed` (texts cut behind the longest class) and `fastprompt`. Token rows are the text tower's.
 """
 
 from __future__ import annotations
