@@ -27,6 +27,7 @@ from fastprompt.hf.images import OPENAI_CLIP, image_transform
 from fastprompt.hf.openmoji_clip import load_openmoji_clip, save_openmoji_clip
 from fastprompt.tuning.checkpoint import Checkpoint, capture, check_fits, read_checkpoint, write_checkpoint
 from fastprompt.tuning.config import TuneConfig, learning_rate
+from fastprompt.tuning.images import best_autocast
 from fastprompt.tuning.interrupts import hold_interrupts
 from fastprompt.tuning.progress import progress_bar
 from fastprompt.tuning.randomness import epoch_order, get_rng, seed_rng, set_rng
@@ -61,7 +62,7 @@ LONG_SHARE, CATEGORY_SHARE = 0.2, 0.2
 class Recipe:
     """Sizes and hyper-parameters."""
 
-    epochs: int = 40
+    epochs: int = 200
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.2
@@ -147,6 +148,8 @@ class Pretraining:
         self.rows = torch.tensor(sorted({i for ids in self.tokenizer(all_texts(data)).input_ids for i in ids}))
         seed_rng(recipe.seed, [])
         self.model = CLIPModel(self.config(len(self.rows)))
+        # On a CPU plain products are faster for so few tokens than fused attention.
+        self.model.set_attn_implementation("eager")
         decay = [p for p in self.model.parameters() if p.ndim > 1]
         rest = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -205,7 +208,9 @@ class Pretraining:
         pixels = (augmented(drawings / 255, self.step / self.total) - self.mean) / self.std
         of_each, of_kinds, kind = captions([self.emoji[i] for i in chosen.tolist()])
         ids = self.tokenizer(of_each + of_kinds, padding=True, return_tensors="pt").input_ids
-        logits = self.model(input_ids=torch.searchsorted(self.rows, ids), pixel_values=pixels).logits_per_image
+        with torch.autocast("cpu", torch.bfloat16, enabled=best_autocast() is not None):
+            logits = self.model(input_ids=torch.searchsorted(self.rows, ids), pixel_values=pixels).logits_per_image
+        logits = logits.float()
         by_name, by_kind = logits.split([len(of_each), len(of_kinds)], dim=1)
         loss = contrastive_loss(by_name, torch.arange(len(chosen))) + contrastive_loss(by_kind, kind)
         self.optimizer.zero_grad()

@@ -15,6 +15,7 @@ from fastprompt.errors import UnsupportedModelError
 from fastprompt.hf.attention import dropout_fields
 from fastprompt.hf.packing import Packing, shared_length
 from fastprompt.hf.sites import choose_tower
+from fastprompt.nn.frozen_mlp import is_frozen_quick, run_mlp
 
 #: Parts of a text tower and of its layers, as CLIP, MetaCLIP 2 and SigLIP name them.
 PARTS = ("embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers", "final_layer_norm")
@@ -149,7 +150,8 @@ class TextTower:
     def bytes_a_row(self) -> int:
         """Bytes that a row keeps alive for the backward pass, all layers together, estimated from the widths."""
         hidden = getattr(self.text.config, "intermediate_size", 4 * self.width)
-        return len(self.layers) * (6 * self.width + 2 * hidden) * self.text.final_layer_norm.weight.element_size()
+        kept = 1 if is_frozen_quick(self.layers[0].mlp) else 2
+        return len(self.layers) * (6 * self.width + kept * hidden) * self.text.final_layer_norm.weight.element_size()
 
     def _find_causality(self) -> bool:
         """Run one text both ways: the tower must agree with the model on its last row, causally or not."""
@@ -202,7 +204,7 @@ def _run_layer(layer: Any, hidden: Tensor, packed: Any, last: bool) -> Tensor:
         mixed = mixed.index_select(0, packed.ends)
         hidden = hidden.index_select(0, packed.ends + packed.groups * packed.prefix)
     hidden = hidden + attention.out_proj(mixed.flatten(1))
-    return hidden + layer.mlp(layer.layer_norm2(hidden))
+    return hidden + run_mlp(layer.mlp, layer.layer_norm2(hidden))
 
 
 def unit(x: Tensor) -> Tensor:
