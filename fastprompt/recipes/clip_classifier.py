@@ -267,24 +267,40 @@ class CLIPClassifier(nn.Module):
         clip_checkpoint.save(self, Path(directory))
 
     @classmethod
-    def load(cls, clip: Any, tokenizer: Any, directory: str | Path, **options: Any) -> CLIPClassifier:
+    def load(
+        cls,
+        clip: Any,
+        tokenizer: Any,
+        directory: str | Path,
+        *,
+        classnames: Sequence[str] | None = None,
+        **options: Any,
+    ) -> CLIPClassifier:
         """The classifier that `save` wrote, on the CLIP it was trained on.
 
         Args:
             clip: The base model (same weights; another float dtype is fine).
             tokenizer: Its tokenizer.
             directory: Holds both files.
+            classnames: Other classes for the same prompt (base-to-new); None is those it was trained on.
             **options: ``share``, ``class_chunk``, ``cache_images``.
 
         Raises:
             CheckpointError: a file is missing or changed, or belongs to another CLIP; ``clip`` is left as it was.
+            ValueError: ``classnames`` for a prompt with one context a class (``csc``).
         """
         content, tensors = clip_checkpoint.read(Path(directory), CLIP_RECIPES)
+        names = content["classnames"] if classnames is None else list(classnames)
+        if content["config"].get("csc") and names != content["classnames"]:
+            raise ValueError(
+                f"classnames: got others than the {len(content['classnames'])} classes that each have a context of "
+                "their own (csc=True); expected those, or a prompt that was trained with csc=False"
+            )
         try:
             clip_checkpoint.check_base(content, clip)
             recipe = CLIP_RECIPES[content["method"]](**content["config"])
             with torch.random.fork_rng([]):  # the initial prompts are drawn, and then replaced
-                clf = cls(clip, tokenizer, content["classnames"], recipe, **options)
+                clf = cls(clip, tokenizer, names, recipe, **options)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"clip: the saved prompts do not fit {type(clip).__name__}: {error}") from error
         try:
