@@ -36,7 +36,7 @@ class ClassEncoder(nn.Module):
 
     def __init__(self, clip: Any, tokenizer: Any, classnames: Sequence[str], class_chunk: int | None):
         super().__init__()
-        if class_chunk is not None and (not isinstance(class_chunk, int) or class_chunk < 1):
+        if class_chunk is not None and (type(class_chunk) is not int or class_chunk < 1):
             raise ValueError(f"class_chunk: got {class_chunk!r}, expected an integer >= 1, or None")
         self.classnames, self.class_chunk = check_classnames(classnames), class_chunk
         self.tower = TextTower(clip)

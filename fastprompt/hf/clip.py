@@ -35,6 +35,7 @@ class ClipSites:
         text_layers: Layers of the text tower.
         vision_layers: Layers of the vision tower.
         classes: Number of classes C.
+        dtype: Of learned tensors: float32, or float64 for a float64 model.
         embed: Token embeddings ``[n,W]`` of a text without special tokens.
     """
 
@@ -44,6 +45,7 @@ class ClipSites:
     text_layers: int
     vision_layers: int
     classes: int
+    dtype: torch.dtype
     embed: Callable[[str], Tensor]
 
     @classmethod
@@ -52,7 +54,8 @@ class ClipSites:
         vision: Any = choose_tower(clip, "vision")
         width = vision.module.config.hidden_size
         feature = clip.config.projection_dim if hasattr(clip, "visual_projection") else width
-        return cls(tower.width, width, feature, len(tower.layers), len(vision.layers), classes, embed)
+        dtype = torch.promote_types(tower.text.embeddings.token_embedding.weight.dtype, torch.float32)
+        return cls(tower.width, width, feature, len(tower.layers), len(vision.layers), classes, dtype, embed)
 
 
 class TextTower:
@@ -168,7 +171,9 @@ class TextTower:
             for module, training in modes.items():
                 module.training = training
         causal = differences[True] <= differences[False]
-        bound = 64 * torch.finfo(weight.dtype).eps * len(self.layers) * float(want.abs().max())
+        # Eager attention takes its softmax in float32, whatever the weights are.
+        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+        bound = 64 * eps * len(self.layers) * float(want.abs().max())
         if not differences[causal] <= bound:
             raise UnsupportedModelError(
                 f"clip: the parts of {type(self.text).__name__} give other rows than the model (difference "

@@ -95,9 +95,11 @@ class CLIPClassifier(nn.Module):
             self._handle = attach(clip, VisionPrompts(clip, learner), tower="vision")
         self._freeze: Freeze | None = Freeze(clip.parameters())
         self._freeze.apply()
+        self._modes = [(module, module.training) for module in clip.modules()]
         self._prompted = prompted_layers(clip)
         self.clip, self.texts, self.learner = clip, texts, learner
         self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_pre_hook(_note_base)
         self.register_load_state_dict_post_hook(_forgive_base)
         self.train(self.training)
 
@@ -166,7 +168,8 @@ class CLIPClassifier(nn.Module):
         """Logits of every class, and the cross entropy with ``labels``.
 
         Where classes go in chunks (``class_chunk``), the loss is a running log-sum-exp over them: neither text features
-        nor differentiable logits of all classes are alive at once, and ``logits`` carries no gradient.
+        nor differentiable logits of all classes are alive at once, and beside a loss ``logits`` carries no gradient.
+        Without labels it does, for a loss of your own.
 
         Args:
             pixel_values: ``[B,3,H,W]`` as the CLIP expects.
@@ -209,9 +212,9 @@ class CLIPClassifier(nn.Module):
         def score(packing: Packing, first: int, image: Tensor, context: Tensor) -> tuple[Tensor | None, ...]:
             features = self.texts.encode(packing, context, deep)
             logits = self._logits(image, features if self.learner.meta is not None else features[0])
-            kept = logits.detach() if return_logits else None
             if labels is None:
-                return None, None, kept
+                return None, None, logits
+            kept = logits.detach() if return_logits else None
             place = labels - first
             inside = (place >= 0) & (place < packing.classes)
             found = logits.gather(1, place.clamp(0, packing.classes - 1)[:, None])[:, 0]
@@ -311,17 +314,19 @@ class CLIPClassifier(nn.Module):
         return clf
 
     def detach(self) -> None:
-        """Give the CLIP back: no prompts in its vision tower, its ``requires_grad`` flags and config as they were."""
+        """Give the CLIP back: no prompts in its vision tower, its gradient flags, modes and config as before."""
         if self._freeze is None:
             raise AttachError("classifier: its CLIP was given back already, or it is a copy that never held it")
         self._freeze.release(())
         self._freeze = None
         if self._handle is not None:
             self._handle.detach()
+        for module, training in self._modes:
+            module.training = training
 
     def __getstate__(self) -> dict:
         # A copy has a CLIP of its own, which holds its prompts for good; what is kept belongs to the original.
-        return {**super().__getstate__(), "_freeze": None, "_handle": None}
+        return {**super().__getstate__(), "_freeze": None, "_handle": None, "_modes": []}
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -334,7 +339,11 @@ def _drop_base(module: nn.Module, state: dict, prefix: str, metadata: Any) -> No
         del state[name]
 
 
+def _note_base(module: Any, state: dict, prefix: str, *_: Any) -> None:
+    """Remember what the CLIP's keys begin with, for `_forgive_base`, which is not told."""
+    module._base = prefix + "clip."
+
+
 def _forgive_base(module: Any, keys: Any) -> None:
     """A state dict without the CLIP is whole."""
-    base = {f"clip.{name}" for name in module.clip.state_dict()}
-    keys.missing_keys[:] = [k for k in keys.missing_keys if k[k.find("clip.") :] not in base]
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(module._base)]

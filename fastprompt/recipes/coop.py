@@ -66,5 +66,5 @@ class CoOp:
         context = initial_context(sites, self.n_ctx, self.init)
         if self.csc:
             shape = (sites.classes, *context.shape)
-            context = normal_prompt(*shape) if self.init is None else context.expand(shape).clone()
+            context = normal_prompt(*shape).to(context.dtype) if self.init is None else context.expand(shape).clone()
         return DualPrompt(context)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastprompt.nn.dual_prompt import normal_prompt
@@ -42,13 +41,15 @@ def initial_context(sites: ClipSites, n_ctx: int | None, init: str | None, *, wo
         ValueError: ``init`` does not have M tokens.
     """
     if init is None:
-        return normal_prompt(n_ctx or 16, sites.text_width)
+        return normal_prompt(n_ctx or 16, sites.text_width).to(sites.dtype)
     words = sites.embed(init)
     found, wanted = len(words), n_ctx or len(words)
+    if not found:
+        raise ValueError(f"init: got {init!r}, which the tokenizer turns into no token; expected words, or None")
     if found < wanted or (found > wanted and not words_may_remain):
         least = "at least " if words_may_remain else ""
         raise ValueError(
             f"n_ctx: got {n_ctx}, but init={init!r} has {found} tokens, expected {least}as many; leave n_ctx out or "
             "init=None"
         )
-    return words[:wanted].to(torch.promote_types(words.dtype, torch.float32))
+    return words[:wanted].to(sites.dtype)
