@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -71,7 +71,7 @@ class ClipJob(Job):
     def start(cls, args: argparse.Namespace, autocast: Any, device: str) -> ClipJob:
         """The job of a command line; built-in assets that are not there are fetched."""
         from fastprompt.data import assets
-        from fastprompt.recipes.registry import CLIP_RECIPES
+        from fastprompt.recipes.zero_shot import check_templates
         from fastprompt.tuning.clips import ClipTask
 
         given = {name: getattr(args, name) for name in ("templates", "class_names")}
@@ -81,19 +81,26 @@ class ClipJob(Job):
             shots=args.shots, eval_size=args.eval_size, part=args.classes, image_size=args.image_size, seed=args.seed,
             cache_images=not args.no_image_cache, cache_dir=args.cache_dir, **chosen,
         )  # fmt: skip
+        recipe = cls.name_recipe(args, check_templates(task.templates))
+        state = {status.asset.name: status.state for status in assets.status(cache_dir=args.cache_dir)}
+        for name in task.assets:
+            if state[name] == "missing":
+                assets.fetch(name, cache_dir=args.cache_dir)
+        return cls(task, recipe, autocast, device)
+
+    @classmethod
+    def name_recipe(cls, args: argparse.Namespace, templates: Sequence[str]) -> Any:
+        """The recipe of a command line."""
+        from fastprompt.recipes.registry import CLIP_RECIPES
+
         methods = {name.lower(): recipe for name, recipe in CLIP_RECIPES.items()}
         options = {name: getattr(args, name) for name in cls.options[args.recipe].keys() - _TRAINED.keys()}
         options = {name: value for name, value in options.items() if value is not None}
         if options.get("init") == "none":
             options["init"] = None
         if args.recipe == "zeroshot":
-            options["templates"] = task.templates
-        recipe = methods[args.recipe](**options)
-        state = {status.asset.name: status.state for status in assets.status(cache_dir=args.cache_dir)}
-        for name in task.assets:
-            if state[name] == "missing":
-                assets.fetch(name, cache_dir=args.cache_dir)
-        return cls(task, recipe, autocast, device)
+            options["templates"] = templates
+        return methods[args.recipe](**options)
 
     @classmethod
     def restore(cls, run: dict[str, Any], args: argparse.Namespace, device: str) -> ClipJob:
@@ -129,22 +136,22 @@ class ClipJob(Job):
         """Evaluate the CLIP with the names in templates."""
         from fastprompt.tuning import evaluate
 
-        options = {"cache_images": self.task.cache_images}
         recipe = fastprompt.ZeroShot(self.task.templates)
-        classifier = fastprompt.CLIPClassifier(self.clip, self.tokenizer, self.classes, recipe, **options)
+        classifier = fastprompt.CLIPClassifier(self.clip, self.tokenizer, self.classes, recipe)
         try:
             return evaluate(classifier, examples, batch_size=batch_size, autocast=self.autocast)
         finally:
             classifier.detach()
 
-    def attach(self) -> Learned | None:
+    def attach(self, train_set: Any) -> Learned | None:
         """A classifier with fresh prompts."""
         import torch
 
         torch.manual_seed(self.task.seed)
-        self.model = fastprompt.CLIPClassifier(
-            self.clip, self.tokenizer, self.classes, self.recipe, cache_images=self._caches(self.recipe)
-        )
+        cache = self.task.cache_images and not isinstance(self.recipe, (fastprompt.MaPLe, fastprompt.IVLP))
+        self.model = fastprompt.CLIPClassifier(self.clip, self.tokenizer, self.classes, self.recipe, cache_images=cache)
+        if cache:
+            self._encode(train_set)
         return Learned(self.model) if self.model.num_trainable else None
 
     def save(self, folder: Path) -> None:
@@ -159,8 +166,14 @@ class ClipJob(Job):
         """Held-out images, or all of another folder."""
         return self.task.evaluation(self.images, self.clip, whole=data is not None)
 
-    def _caches(self, recipe: Any) -> bool:
-        return self.task.cache_images and not isinstance(recipe, (fastprompt.MaPLe, fastprompt.IVLP))
+    def _encode(self, images: DecodedImages) -> None:
+        """Fill the cache in an order that no batch decides: a feature's last bit depends on its neighbours."""
+        import torch
+
+        device = self.clip.logit_scale.device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.autocast is not None):
+            for pixels in images.pixel_values.split(EVAL_BATCH):
+                self.model.image_features(pixels.to(device))
 
 
 class Learned:

@@ -59,7 +59,7 @@ class ImageJob(Job):
         """Training and evaluation images."""
         return self.task.split(self.model)
 
-    def attach(self) -> Any:
+    def attach(self, train_set: Examples) -> Any:
         """Prompts in every layer, and a head that trains with them."""
         from fastprompt.tuning.images import head_names
 

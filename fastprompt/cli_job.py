@@ -75,7 +75,7 @@ class Job:
         """Evaluate what ``baseline`` names."""
         raise NotImplementedError
 
-    def attach(self) -> Handle | None:
+    def attach(self, train_set: Examples) -> Handle | None:
         """Put fresh prompts in place; None where nothing is learned."""
         raise NotImplementedError
 

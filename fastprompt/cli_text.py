@@ -103,7 +103,7 @@ class TextJob(Job):
 
         return evaluate(self.model, examples, batch_size=batch_size, autocast=self.autocast)
 
-    def attach(self) -> Any:
+    def attach(self, train_set: Examples) -> Any:
         """Prefixes in every layer."""
         return fastprompt.attach(self.model.lm, self.recipe, tower="text")
 

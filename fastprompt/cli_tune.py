@@ -113,7 +113,7 @@ def tune_command(args: argparse.Namespace) -> None:
     if job.baseline:
         before = job.without_prompts(eval_set, config.eval_batch_size or config.batch_size)
         print(f"{job.baseline}: {_accuracy(before, job)}")
-    handle = job.attach()
+    handle = job.attach(train_set)
     if handle is None:
         result = _nothing_to_train(job, before, args.out)
     else:
