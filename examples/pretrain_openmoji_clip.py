@@ -31,61 +31,60 @@ from fastprompt.tuning.interrupts import hold_interrupts
 from fastprompt.tuning.progress import progress_bar
 from fastprompt.tuning.randomness import epoch_order, get_rng, seed_rng, set_rng
 
-# What a caption says: a name, a name with its kind, or a kind alone.
-SHORT = {
-    "name": (
-        "{name}.",
-        "a {name}.",
-        "the {name} emoji.",
-        "a drawing of a {name}.",
-        "a photo of a {name}.",
-        "a picture of the {name}.",
-    ),
-    "both": ("{name}, {kind}.", "{kind}: {name}.", "{name}, a kind of {kind}."),
-    "kind": ("{kind}.", "a {kind}.", "a photo of a {kind}.", "a drawing of a {kind}.", "a picture of one {kind}."),
-}
+# Captions of one drawing by its name, and of many by their kind: words of its subcategory or category.
+NAMES = (
+    "{name}.",
+    "a {name}.",
+    "the {name} emoji.",
+    "a drawing of a {name}.",
+    "a photo of a {name}.",
+    "a picture of the {name}.",
+    "{name}, {kind}.",
+    "{kind}: {name}.",
+    "{name}, a kind of {kind}.",
+)
+KINDS = ("{kind}.", "a {kind}.", "a photo of a {kind}.", "a drawing of a {kind}.", "a picture of one {kind}.")
 # The same for later positions.
-LONG = {
-    "name": (
-        "a small drawing of a {name} on a white background.",
-        "this is a clean, simple and colourful drawing, with black lines, of one {name} on a white background.",
-    ),
-    "both": ("this is a small and simple drawing with black lines, it belongs to {kind} and is called {name}.",),
-    "kind": (
-        "a drawing of a {kind}, one of many, on a white background.",
-        "this is a small and colourful drawing with black lines on a white background, and it shows a {kind}.",
-    ),
-}
-LONG_SHARE = 0.2
+LONG_NAMES = (
+    "a small drawing of a {name} on a white background.",
+    "this is a clean, simple and colourful drawing, with black lines, of one {name} on a white background.",
+    "this is a small and simple drawing with black lines, it belongs to {kind} and is called {name}.",
+)
+LONG_KINDS = (
+    "a drawing of a {kind}, one of many, on a white background.",
+    "this is a small and colourful drawing with black lines on a white background, and it shows a {kind}.",
+)
+LONG_SHARE, CATEGORY_SHARE = 0.2, 0.2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and hyper-parameters; ``kind_share`` of the captions has words of the subcategory or the category."""
+    """Sizes and hyper-parameters."""
 
-    epochs: int = 60
+    epochs: int = 40
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.2
     warmup: float = 0.05
-    kind_share: float = 0.4
     width: int = 192
-    layers: int = 6
+    layers: int = 4
     image_size: int = 64
     patch: int = 16
     seed: int = 0
 
 
-def captions(emoji: Sequence[Emoji], kind_share: float) -> list[str]:
-    """One caption for each emoji, drawn from torch's generator; all are short or all are long."""
-    templates = LONG if torch.rand(()) < LONG_SHARE else SHORT
-    return [_caption(item, templates, kind_share) for item in emoji]
+def captions(emoji: Sequence[Emoji]) -> tuple[list[str], list[str], Tensor]:
+    """Captions drawn from torch's generator: one a drawing, one a kind, and the index ``[B]`` of each drawing's kind.
 
-
-def _caption(item: Emoji, templates: dict[str, tuple[str, ...]], kind_share: float) -> str:
-    kind = class_name(item.subcategory if torch.rand(()) < 0.7 else item.category.lower())
-    says = "name" if torch.rand(()) >= kind_share else _pick(("both", "kind"))
-    return _pick(templates[says]).format(name=_pick(item.names), kind=kind)
+    All are short or all are long; kinds are subcategories or, less often, categories.
+    """
+    names, kinds = (LONG_NAMES, LONG_KINDS) if torch.rand(()) < LONG_SHARE else (NAMES, KINDS)
+    level = "category" if torch.rand(()) < CATEGORY_SHARE else "subcategory"
+    words = [class_name(getattr(item, level).lower()) for item in emoji]
+    of_each = [_pick(names).format(name=_pick(item.names), kind=kind) for item, kind in zip(emoji, words, strict=True)]
+    distinct = list(dict.fromkeys(words))
+    of_kinds = [_pick(kinds).format(kind=kind) for kind in distinct]
+    return of_each, of_kinds, torch.tensor([distinct.index(kind) for kind in words])
 
 
 def _pick(choices: Sequence[str]) -> str:
@@ -96,12 +95,14 @@ def all_texts(data: OpenMoji) -> list[str]:
     """Every text that a caption may hold, for the rows of the vocabulary to train."""
     kinds = {kind for item in data.pretraining for kind in (item.subcategory, item.category.lower())}
     words = [name for item in data.pretraining for name in item.names] + sorted(map(class_name, kinds))
-    templates = [text for group in (SHORT, LONG) for texts in group.values() for text in texts]
-    return templates + words
+    return [*NAMES, *KINDS, *LONG_NAMES, *LONG_KINDS, *words]
 
 
-def augmented(drawings: Tensor) -> Tensor:
-    """Move, turn, scale and tint drawings ``[B,3,H,W]`` of 0..1; what comes in from outside is white."""
+def augmented(drawings: Tensor, strength: float) -> Tensor:
+    """Move, turn, scale and recolour drawings ``[B,3,H,W]`` of 0..1; what comes in from outside is white.
+
+    ``strength``, 0 to 1, is that of the recolouring: a model learns faster where colours are right at first.
+    """
     count = len(drawings)
     angle = 0.5 * (torch.rand(count) - 0.5)
     scale = 0.8 + 0.5 * torch.rand(count)
@@ -111,17 +112,23 @@ def augmented(drawings: Tensor) -> Tensor:
     affine = torch.stack([cos, -sin * stretch, shift[0], sin, cos * stretch, shift[1]], dim=1).view(count, 2, 3)
     grid = nn.functional.affine_grid(affine, list(drawings.shape), align_corners=False)
     moved = 1 - nn.functional.grid_sample(1 - drawings, grid, align_corners=False)
-    contrast = 0.6 + 0.5 * torch.rand(count, 1, 1, 1)
+    # Less colour, and brighter: shapes and black lines stay.
+    grey = moved.mean(dim=1, keepdim=True)
+    saturation = (1 - strength * (torch.rand(count, 1, 1, 1) - 0.3)).clamp(max=1)
     tint = 1 + 0.3 * (torch.rand(count, 3, 1, 1) - 0.5)
-    return (1 - contrast * tint * (1 - moved)).clamp(0, 1)
+    brightness = (1 + 3 * strength * torch.rand(count, 1, 1, 1) ** 3) * (0.8 + 0.3 * torch.rand(count, 1, 1, 1))
+    return ((grey + saturation * (moved - grey)) * tint * brightness).clamp(0, 1)
 
 
-def contrastive_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """CLIP's loss; images with the same caption share the target, as none of them is the wrong one."""
-    same = (ids.unsqueeze(0) == ids.unsqueeze(1)).all(dim=-1).to(logits.dtype)
-    target = same / same.sum(dim=-1, keepdim=True)
+def contrastive_loss(logits: Tensor, text: Tensor) -> Tensor:
+    """CLIP's loss on ``logits [images, texts]``, where ``text [images]`` is the text of each image.
+
+    Images of one text share it: the target of a text is spread over its images.
+    """
+    of_texts = nn.functional.one_hot(text, logits.shape[1]).to(logits.dtype)
+    of_texts = (of_texts / of_texts.sum(dim=0)).T
     cross_entropy = nn.functional.cross_entropy
-    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    return (cross_entropy(logits, text) + cross_entropy(logits.T, of_texts)) / 2
 
 
 class Pretraining:
@@ -181,10 +188,11 @@ class Pretraining:
                         loss = self._take_step()
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update()
-                    if self.step % (10 * self.steps_an_epoch) == 0:
+                    if self.step == self.total or self.step % (10 * self.steps_an_epoch) == 0:
                         self.save()
-        finally:
+        except KeyboardInterrupt:
             self.save()
+            raise
         self.model.eval()
 
     def _take_step(self) -> float:
@@ -194,10 +202,12 @@ class Pretraining:
         # Every emoji once an epoch, in one of its skin tones.
         counts = self.first[chosen + 1] - self.first[chosen]
         drawings = self.drawings[self.first[chosen] + (torch.rand(len(chosen)) * counts).long()]
-        pixels = (augmented(drawings / 255) - self.mean) / self.std
-        texts = captions([self.emoji[i] for i in chosen.tolist()], self.recipe.kind_share)
-        ids = torch.searchsorted(self.rows, self.tokenizer(texts, padding=True, return_tensors="pt").input_ids)
-        loss = contrastive_loss(self.model(input_ids=ids, pixel_values=pixels).logits_per_image, ids)
+        pixels = (augmented(drawings / 255, self.step / self.total) - self.mean) / self.std
+        of_each, of_kinds, kind = captions([self.emoji[i] for i in chosen.tolist()])
+        ids = self.tokenizer(of_each + of_kinds, padding=True, return_tensors="pt").input_ids
+        logits = self.model(input_ids=torch.searchsorted(self.rows, ids), pixel_values=pixels).logits_per_image
+        by_name, by_kind = logits.split([len(of_each), len(of_kinds)], dim=1)
+        loss = contrastive_loss(by_name, torch.arange(len(chosen))) + contrastive_loss(by_kind, kind)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -237,7 +247,10 @@ def main() -> None:
     data = load_openmoji()
     run = Pretraining(data, Recipe(**options), out)
     run.resume()
-    run.run()
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        raise SystemExit(f"saved after step {run.step} of {run.total}; the same command goes on from there") from None
     folder = save_openmoji_clip(run.model, run.rows, out / "model")
     for style in ("colour", "outline"):
         print(f"zero-shot accuracy on test drawings, {style}: {zero_shot_accuracy(folder, data, style):.3f}")

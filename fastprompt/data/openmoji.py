@@ -19,7 +19,7 @@ import json
 import random
 import re
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -91,9 +91,7 @@ class OpenMoji:
     @cached_property
     def subcategories(self) -> tuple[str, ...]:
         """Unicode's names of the classes, sorted; a label is an index into them."""
-        counts: dict[str, int] = defaultdict(int)
-        for item in self.emoji:
-            counts[item.subcategory] += 1
+        counts = Counter(item.subcategory for item in self.emoji)
         return tuple(sorted(name for name, count in counts.items() if count >= MIN_CLASS))
 
     @cached_property
@@ -104,7 +102,7 @@ class OpenMoji:
     @cached_property
     def test(self) -> tuple[Sample, ...]:
         """Test drawings (colour) with labels."""
-        return self._samples(item for item in self.emoji if item.code in self._test_codes)
+        return self._samples(item for item in self.emoji if item.family in self._test_families)
 
     @cached_property
     def pool(self) -> tuple[Sample, ...]:
@@ -114,8 +112,7 @@ class OpenMoji:
     @cached_property
     def pretraining(self) -> tuple[Emoji, ...]:
         """Every emoji of a family without a test emoji."""
-        tested = {item.family for item in self.emoji if item.code in self._test_codes}
-        return tuple(item for item in self.emoji if item.family not in tested)
+        return tuple(item for item in self.emoji if item.family not in self._test_families)
 
     def few_shot(self, shots: int, seed: int) -> list[Sample]:
         """Draw ``shots`` drawings of each class from the pool; a smaller set of one seed is part of a larger one.
@@ -138,22 +135,19 @@ class OpenMoji:
         return drawn
 
     @cached_property
-    def _test_codes(self) -> frozenset[str]:
+    def _test_families(self) -> frozenset[str]:
+        subcategories: dict[str, set[str]] = defaultdict(set)
+        for item in self.emoji:
+            subcategories[item.family].add(item.subcategory)
         chosen: set[str] = set()
-        taken: set[str] = set()
         for name in self.subcategories:
-            families: dict[str, list[str]] = defaultdict(list)
-            for item in self.emoji:
-                if item.subcategory == name:
-                    families[item.family].append(item.code)
-            # Families of more than one class (a person and a couple that are drawn the same) are left to pretraining.
-            shared = {item.family for item in self.emoji if item.subcategory != name and item.family in families}
-            room = min(sum(map(len, families.values())) - MIN_POOL, MAX_TEST)
-            for family in sorted(families.keys() - shared, key=_draw):
-                if len(families[family]) <= room:
-                    room -= len(families[family])
-                    taken.add(family)
-                    chosen.update(families[family])
+            sizes = Counter(item.family for item in self.emoji if item.subcategory == name)
+            room = min(sizes.total() - MIN_POOL, MAX_TEST)
+            # A family of two subcategories (a person and a couple that are drawn the same) is left to pretraining.
+            for family in sorted((family for family in sizes if len(subcategories[family]) == 1), key=_draw):
+                if sizes[family] <= room:
+                    room -= sizes[family]
+                    chosen.add(family)
         return frozenset(chosen)
 
     def _samples(self, emoji: Iterable[Emoji]) -> tuple[Sample, ...]:
@@ -248,8 +242,8 @@ def only_classes(samples: Iterable[Sample], labels: Sequence[int]) -> list[Sampl
     """Return the samples of some classes, labelled by place in ``labels``.
 
     Example:
-        >>> only_classes([Sample(Path("a"), 3), Sample(Path("b"), 4)], [1, 3])
-        [Sample(file=PosixPath('a'), label=1)]
+        >>> [sample.label for sample in only_classes([Sample(Path("a"), 3), Sample(Path("b"), 4)], [1, 3])]
+        [1]
     """
     place = {label: index for index, label in enumerate(labels)}
     return [Sample(sample.file, place[sample.label]) for sample in samples if sample.label in place]

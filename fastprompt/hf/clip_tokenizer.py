@@ -3,6 +3,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -29,11 +30,18 @@ def load_clip_tokenizer(path: str | Path | None = None) -> CLIPTokenizer:
     file = assets.entry("clip-bpe") if path is None else Path(path)
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         # The first line is a comment; the file holds more merges than CLIP uses.
-        merges = [tuple(line.split()) for line in lines.read().split("\n")[1 : 1 + _MERGES]]
+        # transformers annotates strings, and takes pairs.
+        merges: Any = [tuple(line.split()) for line in lines.read().split("\n")[1 : 1 + _MERGES]]
     if len(merges) < _MERGES or any(len(merge) != 2 for merge in merges):
         raise AssetError(f"{file}: got {len(merges)} merges, expected {_MERGES} pairs; fetch the clip-bpe asset again")
     letters = _byte_letters()
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *map("".join, merges),
+        START,
+        END,
+    ]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 

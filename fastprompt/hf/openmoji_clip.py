@@ -62,11 +62,10 @@ def load_openmoji_clip(
             f"folder: {source} has no whole model ({error}); expected {CONFIG} and {WEIGHTS}, "
             "as save_openmoji_clip writes them"
         ) from error
-    weights = {name: tensor.float() for name, tensor in tensors.items()}
-    embedding = torch.zeros(config.text_config.vocab_size, stored.shape[1])
+    embedding = torch.zeros(_VOCABULARY, stored.shape[1])
     embedding[rows] = stored.float()
     model = CLIPModel(config)
-    model.load_state_dict(weights | {EMBEDDING: embedding})
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()} | {EMBEDDING: embedding})
     return model.eval(), load_clip_tokenizer(assets.entry("clip-bpe", cache_dir=cache_dir))
 
 
@@ -84,19 +83,18 @@ def save_openmoji_clip(model: CLIPModel, rows: Tensor, folder: str | Path) -> Pa
     Raises:
         ValueError: ``rows`` does not fit the model or does not end with start and end.
     """
-    if len(rows) != model.config.text_config.vocab_size or rows[-2:].tolist() != [_START, _END]:
+    weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    if len(rows) != len(weights[EMBEDDING]) or rows[-2:].tolist() != [_START, _END]:
         raise ValueError(
-            f"rows: got {len(rows)} ids that end with {rows[-2:].tolist()}, expected "
-            f"{model.config.text_config.vocab_size} that end with {[_START, _END]}"
+            f"rows: got {len(rows)} ids that end with {rows[-2:].tolist()}, expected {len(weights[EMBEDDING])}, as in "
+            f"the model, that end with {[_START, _END]}"
         )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    config = CLIPConfig.from_dict(model.config.to_dict())
-    text = config.text_config
-    text.vocab_size, text.bos_token_id, text.eos_token_id, text.pad_token_id = _VOCABULARY, _START, _END, _END
-    config.architectures = ["CLIPModel"]
-    config.to_json_file(target / CONFIG)
-    weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    settings = model.config.to_dict()
+    tokens = {"vocab_size": _VOCABULARY, "bos_token_id": _START, "eos_token_id": _END, "pad_token_id": _END}
+    settings["text_config"] |= tokens
+    CLIPConfig.from_dict(settings | {"architectures": ["CLIPModel"]}).to_json_file(target / CONFIG)
     safetensors.torch.save_file(weights | {ROWS: rows.int()}, target / WEIGHTS)
     (target / ATTRIBUTION).write_text(_ATTRIBUTION_TEXT, encoding="utf-8")
     return target
