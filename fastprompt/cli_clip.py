@@ -103,14 +103,19 @@ class ClipJob(Job):
         return methods[args.recipe](**options)
 
     @classmethod
-    def restore(cls, run: dict[str, Any], args: argparse.Namespace, device: str) -> ClipJob:
-        """The job of a finished run, on the data, classes and style that ``eval`` names."""
+    def read_task(cls, fields: dict[str, Any]) -> ClipTask:
+        """The task of a run file."""
         from fastprompt.tuning.clips import ClipTask
 
-        task = ClipTask(**run["task"])
+        return ClipTask(**fields)
+
+    @classmethod
+    def restore(cls, task: ClipTask, run: dict[str, Any], args: argparse.Namespace, device: str) -> ClipJob:
+        """The job of a finished run, on the data, classes and style that ``eval`` names."""
         changes: dict[str, Any] = {}
         if args.data is not None:
-            changes = {"data": resolved(args.data, _TASK["data"]), "eval_size": None, "class_names": ()}
+            data = resolved(args.data, _TASK["data"])
+            changes = {"data": data, "eval_size": None, "part": "all", "class_names": ()}
         if args.class_names is not None:
             changes["class_names"] = _lines("class_names", args.class_names)
         changes |= {"part": args.classes} if args.classes else {}
@@ -148,7 +153,7 @@ class ClipJob(Job):
         import torch
 
         torch.manual_seed(self.task.seed)
-        cache = self.task.cache_images and not isinstance(self.recipe, (fastprompt.MaPLe, fastprompt.IVLP))
+        cache = self.task.cache_images and isinstance(self.recipe, (fastprompt.CoOp, fastprompt.CoCoOp))
         self.model = fastprompt.CLIPClassifier(self.clip, self.tokenizer, self.classes, self.recipe, cache_images=cache)
         if cache:
             self._encode(train_set)
@@ -170,10 +175,17 @@ class ClipJob(Job):
         """Fill the cache in an order that no batch decides: a feature's last bit depends on its neighbours."""
         import torch
 
+        from fastprompt.tuning.progress import progress_bar
+
         device = self.clip.logit_scale.device
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.autocast is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=self.autocast is not None),
+            progress_bar("encode", len(images), unit="image", shown=True, leave=False) as bar,
+        ):
             for pixels in images.pixel_values.split(EVAL_BATCH):
                 self.model.image_features(pixels.to(device))
+                bar.update(len(pixels))
 
 
 class Learned:

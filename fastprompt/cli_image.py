@@ -49,11 +49,16 @@ class ImageJob(Job):
         return cls(task, recipe, autocast, device, None)
 
     @classmethod
-    def restore(cls, run: dict[str, Any], args: argparse.Namespace, device: str) -> ImageJob:
-        """The job of a finished run."""
+    def read_task(cls, fields: dict[str, Any]) -> ImageTask:
+        """The task of a run file."""
         from fastprompt.tuning.images import ImageTask
 
-        return cls(ImageTask(**run["task"]), None, run["autocast"], device, run["classes"])
+        return ImageTask(**fields)
+
+    @classmethod
+    def restore(cls, task: ImageTask, run: dict[str, Any], args: argparse.Namespace, device: str) -> ImageJob:
+        """The job of a finished run."""
+        return cls(task, None, run["autocast"], device, run["classes"])
 
     def split(self) -> tuple[Examples, Examples]:
         """Training and evaluation images."""

@@ -55,12 +55,13 @@ class Job:
         raise NotImplementedError
 
     @classmethod
-    def restore(cls, run: dict[str, Any], args: argparse.Namespace, device: str) -> Job:
-        """The job of a finished run, on the data that ``fastprompt eval`` names.
+    def read_task(cls, fields: dict[str, Any]) -> Any:
+        """The task of a run file."""
+        raise NotImplementedError
 
-        Raises:
-            TypeError, KeyError: the run file is damaged.
-        """
+    @classmethod
+    def restore(cls, task: Any, run: dict[str, Any], args: argparse.Namespace, device: str) -> Job:
+        """The job of a finished run, on the data that ``fastprompt eval`` names."""
         raise NotImplementedError
 
     def settings(self, args: argparse.Namespace) -> dict[str, Any]:

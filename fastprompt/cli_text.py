@@ -79,11 +79,16 @@ class TextJob(Job):
         )  # fmt: skip
 
     @classmethod
-    def restore(cls, run: dict[str, Any], args: argparse.Namespace, device: str) -> TextJob:
-        """The job of a finished run."""
+    def read_task(cls, fields: dict[str, Any]) -> TextTask:
+        """The task of a run file."""
         from fastprompt.tuning.texts import TextTask
 
-        return cls(TextTask(**run["task"]), None, run["autocast"], device, run["classes"])
+        return TextTask(**fields)
+
+    @classmethod
+    def restore(cls, task: TextTask, run: dict[str, Any], args: argparse.Namespace, device: str) -> TextJob:
+        """The job of a finished run."""
+        return cls(task, None, run["autocast"], device, run["classes"])
 
     def settings(self, args: argparse.Namespace) -> dict[str, Any]:
         """Options of the `TuneConfig`; the rate depends on ``--reparam``."""

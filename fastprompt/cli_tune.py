@@ -77,7 +77,7 @@ def add_eval_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=32)
     _add_device(sub)
     group = sub.add_argument_group("a CLIP: classes and drawings that it was not trained on")
-    group.add_argument("--classes", choices=("all", "base", "new"), help="[those of the run]")
+    group.add_argument("--classes", choices=("all", "base", "new"), help="[those of the run; with --data all]")
     group.add_argument("--class-names", type=Path, metavar="FILE", help="as in tune [the folders' names]")
     group.add_argument("--style", choices=("colour", "outline"), help="of OpenMoji's drawings [colour]")
 
@@ -146,12 +146,11 @@ def eval_command(args: argparse.Namespace) -> None:
     try:
         run = json.loads(file.read_text())
         kind = JOBS[run["kind"]]
-        _refuse_for_others(args, kind)
-        job = kind.restore(run, args, _device(args.device))
+        task, _, _ = kind.read_task(run["task"]), run["classes"], run["autocast"]
     except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-            raise
         raise CheckpointError(f"{file}: damaged ({error!r}), expected what `fastprompt tune` writes") from error
+    _refuse_for_others(args, kind)
+    job = kind.restore(task, run, args, _device(args.device))
     examples, before = job.evaluation(args.data), None
     if job.baseline:
         before = job.without_prompts(examples, args.batch_size)

@@ -168,7 +168,7 @@ def test_a_context_for_each_class_cannot_meet_new_classes(files, tmp_path, capsy
 
 def test_eval_on_another_folder_with_other_names(files, tmp_path, capsys):
     out, names = tmp_path / "run", tmp_path / "names.txt"
-    assert main(arguments(files, out, "coop")) == 0
+    assert main(arguments(files, out, "coop", "--classes", "new")) == 0
     (tmp_path / "photos").mkdir()
     for index, name in enumerate(("sea", "hill")):
         (tmp_path / "photos" / name).symlink_to(files.data / sorted(COLOURS)[index])
@@ -236,7 +236,8 @@ def test_unknown_recipes_and_options_of_other_runs_are_refused(files, tmp_path, 
     assert main(["eval", str(out), "--style", "outline", "--device", "cpu"]) == 1
     assert "only openmoji is drawn in styles" in capsys.readouterr().err
     run = run_of(out)
-    (out / "run.json").write_text(json.dumps(run | {"kind": "image"}))
+    image = {"kind": "image", "task": {"data": str(files.data)}}
+    (out / "run.json").write_text(json.dumps(run | image))
     assert main(["eval", str(out), "--classes", "new"]) == 1
     assert "--classes: got a value, but the run is of --task image" in capsys.readouterr().err
     (out / "run.json").write_text(json.dumps(run | {"task": {"colour": 3}}))

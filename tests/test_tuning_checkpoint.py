@@ -295,6 +295,6 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(tmp
     config = {name: value for name, value in old.config.items() if name != "warmup_lr"}
     assert len(config) < len(old.config)
     write_checkpoint(tmp_path / FILE, Checkpoint(old.tensors, config, old.progress))
-    with pytest.raises(CheckpointError, match="warmup_lr: got 0.01, expected None"):
+    with pytest.raises(CheckpointError, match=r"warmup_lr: got 0\.01, expected None"):
         start(tmp_path, config=replace(CONFIG, warmup_lr=0.01), resume=True)
     start(tmp_path, resume=True)
