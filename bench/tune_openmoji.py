@@ -217,13 +217,18 @@ def run() -> int:
     args.json.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
     left = [key for key in keys() if key not in done]
     with ProcessPoolExecutor(args.processes, get_context("spawn"), one_thread) as pool, open(args.json, "a") as file:
-        for count, future in enumerate(as_completed([pool.submit(measure, key) for key in left]), 1):
-            row = future.result()
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in row["accuracy"].items())
-            what = f"{row['method']}, {row['part']} classes, {row['shots']} shots, seed {row['seed']}"
-            print(f"{count}/{len(left)} {what}: {shown} ({row['seconds']:.0f} s)", flush=True)
+        futures = [pool.submit(measure, key) for key in left]
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                row = future.result()
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in row["accuracy"].items())
+                what = f"{row['method']}, {row['part']} classes, {row['shots']} shots, seed {row['seed']}"
+                print(f"{count}/{len(left)} {what}: {shown} ({row['seconds']:.0f} s)", flush=True)
+        finally:
+            for future in futures:
+                future.cancel()
     print(table(args.json))
     if args.png:
         plot(args.json, args.png)
