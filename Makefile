@@ -45,6 +45,8 @@ results: $(VENV)/.dev
 	cp runs/full/results.jsonl bench/results/demo-textile.jsonl
 	cp runs/full/results.png bench/results/demo-textile.png
 	$(BIN)/python -m bench.tune_text --out runs/text --json bench/results/tune-text.jsonl --png bench/results/tune-text.png
+	$(BIN)/python -m bench.tune_openmoji --json runs/tune-openmoji.jsonl --png bench/results/tune-openmoji.png
+	cp runs/tune-openmoji.jsonl bench/results/tune-openmoji.jsonl
 	rm -f bench/results/*-$(DEVICE).jsonl
 	$(MAKE) bench
 

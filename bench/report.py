@@ -122,6 +122,16 @@ def tune_text_block() -> str:
     )
 
 
+def tune_openmoji_block() -> str:
+    """Accuracy of a CLIP with learned prompts."""
+    results = RESULTS / "tune-openmoji.jsonl"
+    if not results.exists():
+        return "*Not measured.*"
+    from bench.tune_openmoji import table as accuracies
+
+    return accuracies(results)
+
+
 def cases_block() -> str:
     """Every case and where it was measured."""
     lines = ["| case | what it times | CPU | CUDA |", "|---|---|---|---|"]
@@ -151,7 +161,10 @@ def written() -> dict[Path, str]:
     found = {}
     steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block, "clip_prompts": clip_prompts_block}
     for file, blocks in (
-        (ROOT / "README.md", {"demo": demo_block, "tune_text": tune_text_block, **steps}),
+        (
+            ROOT / "README.md",
+            {"demo": demo_block, "tune_text": tune_text_block, "tune_openmoji": tune_openmoji_block, **steps},
+        ),
         (RESULTS / "README.md", {"cases": cases_block, "results": results_block}),
     ):
         found[file] = file.read_text()

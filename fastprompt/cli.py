@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastprompt",
         description="Exact prompts for frozen transformers, without the wasted work.",
         epilog="examples:\n  fastprompt demo\n  fastprompt tune --data photos/ --shots 16 --out runs/photos\n"
-        "  fastprompt tune --task text --out runs/sms\n  fastprompt eval runs/photos\n"
+        "  fastprompt tune --task text --out runs/sms\n  fastprompt tune --recipe coop --out runs/coop\n"
+        "  fastprompt eval runs/photos\n"
         "  fastprompt inspect runs/photos\n  fastprompt assets fetch dinov2-small",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,9 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="table, log and plot go here [%(default)s]")
     cli_tune.add_cache_dir(sub)
 
-    sub = add("tune", cli_tune.tune_command, "Tune prompts on a folder of images, or on a file of labelled texts.",
+    sub = add("tune", cli_tune.tune_command,
+              "Tune prompts of a vision model or a CLIP on a folder of images, or on a file of labelled texts.",
               "fastprompt tune --data photos/ --shots 16 --length 10 --epochs 30 --out runs/photos\n"
-              "  fastprompt tune --task text --data reviews.csv --out runs/reviews")  # fmt: skip
+              "  fastprompt tune --task text --data reviews.csv --out runs/reviews\n"
+              "  fastprompt tune --recipe coop --model clip/ --data photos/ --out runs/coop")  # fmt: skip
     cli_tune.add_tune_arguments(sub)
 
     sub = add("eval", cli_tune.eval_command,
@@ -188,7 +191,9 @@ def _inspect(args: argparse.Namespace) -> None:
     content, tensors = read(args.directory)
     options = ", ".join(f"{k}={v!r}" for k, v in content["config"].items())
     base = content["base"]
-    print(f"{content['method']}({options}) on the {content['tower']} tower of {base['class']}")
+    classes = len(content.get("classnames", ()))
+    what = f"learned for {classes} classes of" if classes else f"on the {content['tower']} tower of"
+    print(f"{content['method']}({options}) {what} {base['class']}")
     print(f"base: {base['layers']} layers, width {base['width']}, {base['kv_heads']} key heads of {base['head_dim']}")
     print(f"trained beside the prompts: {', '.join(content['train']) or 'nothing'}")
     for name, x in tensors.items():

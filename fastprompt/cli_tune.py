@@ -1,96 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastprompt tune`` and ``fastprompt eval``: images with VPT and a linear head, texts with PrefixKV."""
+"""``fastprompt tune`` and ``fastprompt eval``: what all tasks share."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastprompt
-from fastprompt.errors import CheckpointError, DataError
+from fastprompt.cli_clip import ClipJob
+from fastprompt.cli_image import ImageJob
+from fastprompt.cli_job import Job
+from fastprompt.cli_text import MLP_LR, TextJob
+from fastprompt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from fastprompt.tuning.batches import Examples
+    from fastprompt.tuning import EvalResult, TuneConfig, TuneResult
 
 RUN = "run.json"
-IMAGE, TEXT = "image", "text"
 
-#: What an option is where it is not given, by task; an option of one task alone is refused with the other.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    IMAGE: {
-        "model": "dinov2-small", "data": "textile", "length": 10, "epochs": 30, "lr": 1e-2, "image_size": 224,
-        "depth": "deep",
-    },
-    TEXT: {
-        "model": "smollm2-135m", "data": "sms-spam", "length": 8, "epochs": 30, "lr": 1e-2, "reparam": "none",
-        "template": None, "words": {}, "max_tokens": 64, "part": "test",
-    },
-}  # fmt: skip
+JOBS: dict[str, type[Job]] = {job.kind: job for job in (ImageJob, TextJob, ClipJob)}
 
-#: The network that gives keys and values wants smaller steps than keys and values themselves (P-Tuning v2: 1e-2).
-MLP_LR = 1e-3
+#: The task of every recipe.
+RECIPES = {recipe: kind for kind, job in JOBS.items() for recipe in job.options}
 
 
 def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastprompt tune``."""
     from fastprompt.tuning.config import TuneConfig
 
-    def by_task(name: str) -> str:
-        return f"[{DEFAULTS[IMAGE][name]}; text: {DEFAULTS[TEXT][name]}]"
+    image, text, clip = ImageJob.options["vpt"], TextJob.options["prefix"], ClipJob.options["coop"]
+    default, published = TuneConfig(), "coop, ...: as published"
 
-    default = TuneConfig()
-    sub.add_argument("--task", choices=(IMAGE, TEXT), default=IMAGE, help="[%(default)s]")
+    sub.add_argument("--task", choices=tuple(JOBS), help="[that of --recipe, or image]")
+    sub.add_argument("--recipe", choices=tuple(RECIPES), help="[image: vpt; text: prefix; clip: coop]")
     sub.add_argument("--out", type=Path, required=True, help="prompts, checkpoint, log and plot go here")
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    sub.add_argument("--model", help=f"one of these assets or a local folder {by_task('model')}")
+    sub.add_argument("--model", help="one of these built-in names or a local folder "
+                     f"[{image['model']}; text: {text['model']}; clip: {clip['model']}]")  # fmt: skip
     sub.add_argument("--data", help="a folder with one folder of images a class; text: a .csv or .jsonl file with "
-                     f"text and label; or one of these assets {by_task('data')}")  # fmt: skip
+                     "text and label; or one of these built-in names "
+                     f"[{image['data']}; text: {text['data']}; clip: {clip['data']}]")  # fmt: skip
     sub.add_argument("--shots", type=int, default=16, help="training examples a class [%(default)s]")
     sub.add_argument("--eval-size", type=int, help="evaluation examples, balanced over classes [all of the rest; text: "
                      "half of the smallest class, of each]")  # fmt: skip
-    sub.add_argument("--length", type=int, help=f"prompts a layer {by_task('length')}")
-    sub.add_argument("--layers", type=int, nargs="+", help="layers that get prompts, from 0 [all]")
-    sub.add_argument("--epochs", type=int, help=by_task("epochs"))
-    sub.add_argument("--batch-size", type=int, default=16, help="[%(default)s]")
-    sub.add_argument("--lr", type=float, help=by_task("lr")[:-1] + f", with --reparam mlp {MLP_LR}]")
-    sub.add_argument("--weight-decay", type=float, default=default.weight_decay, help="[%(default)s]")
-    sub.add_argument("--optimizer", choices=("adamw", "sgd"), default=default.optimizer)
-    sub.add_argument("--warmup", type=float, default=default.warmup, help="fraction of all steps [%(default)s]")
+    sub.add_argument("--length", type=int, help=f"vpt, prefix: prompts a layer [{image['length']}; {text['length']}]")
+    sub.add_argument("--layers", type=int, nargs="+", help="vpt, prefix: layers that get prompts, from 0 [all]")
+    sub.add_argument("--depth", type=_depth, help="vpt: deep or shallow [deep]; maple, ivlp: layers, from the first, "
+                     "that get prompts [9; 12]")  # fmt: skip
+    sub.add_argument("--image-size", type=int, help=f"pixels a side [{image['image_size']}; clip: the model's]")
+    sub.add_argument("--epochs", type=int, help=f"[{image['epochs']}; {published}]")
+    sub.add_argument("--batch-size", type=int, help=f"[{image['batch_size']}; {published}]")
+    sub.add_argument("--lr", type=float, help=f"[{image['lr']}, with --reparam mlp {MLP_LR}; {published}]")
+    sub.add_argument("--weight-decay", type=float, help=f"[{default.weight_decay}; {published}]")
+    sub.add_argument("--optimizer", choices=("adamw", "sgd"), help=f"[{default.optimizer}; {published}]")
+    sub.add_argument("--warmup", type=float, help=f"fraction of all steps [{default.warmup}; {published}]")
     sub.add_argument("--autocast", choices=("auto", "bfloat16", "off"), default="auto")
     sub.add_argument("--save-every", type=int, default=20, help="steps between checkpoints [%(default)s]")
     sub.add_argument("--eval-every", type=int, default=0, help="epochs between evaluations; 0 is at the end only")
     sub.add_argument("--seed", type=int, default=0)
     _add_device(sub)
     add_cache_dir(sub)
-    group = sub.add_argument_group("images (--task image): VPT and a linear head")
-    group.add_argument("--image-size", type=int, help=f"pixels a side [{DEFAULTS[IMAGE]['image_size']}]")
-    group.add_argument("--depth", choices=("deep", "shallow"), help=f"[{DEFAULTS[IMAGE]['depth']}]")
-    group = sub.add_argument_group("texts (--task text): PrefixKV in a causal language model")
-    group.add_argument("--reparam", choices=("mlp", "none"), help="mlp: learn the prompts through a network (prefix "
-                       "tuning); none: learn keys and values (P-Tuning v2) [none]")  # fmt: skip
-    group.add_argument(
-        "--template",
-        help="what the model reads, with {text}; \\n is a line break [the asset's own, or '{text}\\nLabel:']",
-    )
-    group.add_argument("--words", type=_word, nargs="+", metavar="CLASS=WORD", help="the word that names a class "
-                       "[the class name]")  # fmt: skip
-    group.add_argument("--max-tokens", type=int, help=f"longer texts are cut [{DEFAULTS[TEXT]['max_tokens']}]")
-    group.add_argument("--part", choices=("test", "validation"), help="evaluate on validation texts to choose settings "
-                       f"[{DEFAULTS[TEXT]['part']}]")  # fmt: skip
+    for job in JOBS.values():
+        job.add_arguments(sub)
 
 
 def add_eval_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastprompt eval``."""
     sub.add_argument("run", type=Path, help="the folder that `fastprompt tune --out` wrote")
     sub.add_argument("--data", help="evaluate on all images of this folder, or texts of this file, instead (same class "
-                     "names)")  # fmt: skip
+                     "names, but for a CLIP)")  # fmt: skip
     sub.add_argument("--batch-size", type=int, default=32)
     _add_device(sub)
+    group = sub.add_argument_group("a CLIP: classes and drawings that it was not trained on")
+    group.add_argument("--classes", choices=("all", "base", "new"), help="[those of the run; with --data all]")
+    group.add_argument("--class-names", type=Path, metavar="FILE", help="as in tune [the folders' names]")
+    group.add_argument("--style", choices=("colour", "outline"), help="of OpenMoji's drawings [colour]")
 
 
 def add_cache_dir(sub: argparse.ArgumentParser) -> None:
@@ -102,79 +91,44 @@ def _add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
 
 
-def _word(text: str) -> tuple[str, str]:
-    name, equals, word = text.partition("=")
-    if not (name and equals and word):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected CLASS=WORD")
-    return name, word
-
-
-@dataclass
-class Job:
-    """A task with all that its names stand for; ``model`` is what runs and ``base`` what holds the prompts."""
-
-    kind: str
-    task: Any
-    classes: list[str]
-    model: Any
-    base: Any
-
-    @property
-    def noun(self) -> str:
-        """What an example is."""
-        return {IMAGE: "images", TEXT: "texts"}[self.kind]
+def _depth(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
 
 
 def tune_command(args: argparse.Namespace) -> None:
     """Run ``fastprompt tune``."""
-    import torch
+    from fastprompt.tuning import TuneConfig, plot_log, tune
+    from fastprompt.tuning.images import best_autocast
 
-    from fastprompt.tuning import TuneConfig, evaluate, plot_log, tune
-    from fastprompt.tuning.images import best_autocast, head_names
-
-    _fill_in(args)
+    kind = fill_in(args)
     device = _device(args.device)
     autocast = {"auto": best_autocast(device), "off": None}.get(args.autocast, args.autocast)
-    recipe = (
-        fastprompt.VPT(args.length, args.depth, args.layers)
-        if args.task == IMAGE
-        else fastprompt.PrefixKV(args.length, None if args.reparam == "none" else args.reparam, layers=args.layers)
-    )
+    job = kind.start(args, autocast, device)
     config = TuneConfig(
-        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
-        optimizer=args.optimizer, warmup=args.warmup, autocast=autocast, seed=args.seed,
-        save_every=args.save_every, eval_every=args.eval_every,
-    )  # fmt: skip
-    job = _build(args.task, _task(args), autocast, device)
-    train_set, eval_set = job.task.split(job.base if job.kind == IMAGE else job.model)
+        **job.settings(args), autocast=autocast, seed=args.seed, save_every=args.save_every, eval_every=args.eval_every
+    )
+    train_set, eval_set = job.split()
     print(f"{len(train_set)} training and {len(eval_set)} evaluation {job.noun} of {', '.join(job.classes)}")
-    free = {"cache_dir", "seed"} | ({"eval_size"} if job.kind == IMAGE else set())
-    about = {name: str(value) for name, value in asdict(job.task).items() if name not in free}
-    about |= {"recipe": repr(recipe), "classes": ", ".join(job.classes)}
     before = None
-    if job.kind == IMAGE:
-        handle = fastprompt.attach(job.base, recipe, tower="vision", train=head_names(job.base))
+    if job.baseline:
+        before = job.without_prompts(eval_set, config.eval_batch_size or config.batch_size)
+        print(f"{job.baseline}: {_accuracy(before, job)}")
+    handle = job.attach(train_set)
+    if handle is None:
+        result = _nothing_to_train(job, before, args.out)
     else:
-        cut = train_set.cut + eval_set.cut
-        if cut:
-            print(f"{cut} texts were longer than {job.task.max_tokens} tokens and are cut (--max-tokens)")
-        before = evaluate(job.model, eval_set, batch_size=config.batch_size, autocast=autocast)
-        print("without prompts: ", end="")
-        _print_accuracy(before, job)
-        handle = fastprompt.attach(job.base, recipe, tower="text")
-    print(repr(handle))
-    result = tune(
-        job.model, handle, train_set, eval_set, config=config, out_dir=args.out, resume=args.resume, about=about
-    )  # fmt: skip
-    run = {"kind": job.kind, "task": asdict(job.task), "classes": job.classes, "autocast": autocast,
-           "recipe": repr(recipe), "config": asdict(config), "before": before, "after": result.evaluation,
-           "trainable": result.trainable_parameters, "steps": result.steps, "fastprompt": fastprompt.__version__,
-           "torch": torch.__version__}  # fmt: skip
-    (args.out / RUN).write_text(json.dumps(run, indent=2, default=asdict))
-    took = "was finished" if math.isnan(result.seconds_per_step) else f"{result.seconds_per_step:.3f} s a step"
-    print(f"{result.steps} steps, {took}, train loss {result.train_loss:.4f}")
-    _print_accuracy(result.evaluation, job)
+        print(repr(handle))
+        result = tune(
+            job.model, handle, train_set, eval_set, config=config, out_dir=args.out, resume=args.resume,
+            about=job.about(),
+        )  # fmt: skip
+        took = "was finished" if math.isnan(result.seconds_per_step) else f"{result.seconds_per_step:.3f} s a step"
+        print(f"{result.steps} steps, {took}, train loss {result.train_loss:.4f}")
+    _write_run(job, config, before, result, args.out / RUN)
+    _print_accuracy(result.evaluation, job, before if handle else None)
     print(f"saved: {args.out}/prompts.safetensors, log.jsonl")
+    if handle is None:
+        return
     if find_spec("matplotlib"):
         plot_log(args.out / "log.jsonl", args.out / "curves.png")
         print(f"plotted: {args.out}/curves.png")
@@ -185,91 +139,90 @@ def tune_command(args: argparse.Namespace) -> None:
 def eval_command(args: argparse.Namespace) -> None:
     """Run ``fastprompt eval``."""
     from fastprompt.tuning import evaluate
-    from fastprompt.tuning.images import ImageTask
-    from fastprompt.tuning.texts import TextTask
 
     file = args.run / RUN
     if not file.is_file():
         raise FileNotFoundError(f"run: no {file}, expected a folder that `fastprompt tune --out` finished")
     try:
         run = json.loads(file.read_text())
-        kind, classes, autocast = run["kind"], run["classes"], run["autocast"]
-        task = {IMAGE: ImageTask, TEXT: TextTask}[kind](**run["task"])
+        kind = JOBS[run["kind"]]
+        task, _, _ = kind.read_task(run["task"]), run["classes"], run["autocast"]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: damaged ({error!r}), expected what `fastprompt tune` writes") from error
-    job = _build(kind, task, autocast, _device(args.device), classes)
-    fastprompt.load(job.base, args.run)
-    examples = job.task.split(job.base if kind == IMAGE else job.model)[1] if args.data is None else _other(job, args)
-    _print_accuracy(evaluate(job.model, examples, batch_size=args.batch_size, autocast=autocast), job)
+    _refuse_for_others(args, kind)
+    job = kind.restore(task, run, args, _device(args.device))
+    examples, before = job.evaluation(args.data), None
+    if job.baseline:
+        before = job.without_prompts(examples, args.batch_size)
+    job.load(args.run)
+    result = evaluate(job.model, examples, batch_size=args.batch_size, autocast=job.autocast)
+    _print_accuracy(result, job, before)
 
 
-def _fill_in(args: argparse.Namespace) -> None:
-    """Give options that were left out their value for the task.
+def fill_in(args: argparse.Namespace) -> type[Job]:
+    """Give task, recipe and options that were left out their value; return the task's job.
 
     Raises:
-        ValueError: an option of the other task was given.
+        ValueError: task and recipe do not belong together, or an option of another recipe was given.
     """
-    (other,) = DEFAULTS.keys() - {args.task}
-    for name in DEFAULTS[other].keys() - DEFAULTS[args.task].keys():
+    args.task = args.task or RECIPES.get(args.recipe, ImageJob.kind)
+    kind = JOBS[args.task]
+    args.recipe = args.recipe or next(iter(kind.options))
+    if args.recipe not in kind.options:
+        raise ValueError(
+            f"--recipe: got {args.recipe} with --task {args.task}, expected one of {', '.join(kind.options)}; leave "
+            "--task out"
+        )
+    own = kind.options[args.recipe]
+    owners: dict[str, list[str]] = {}
+    for job in JOBS.values():
+        for recipe, options in job.options.items():
+            for name in options.keys() - own.keys():
+                owners.setdefault(name, []).append(recipe)
+    for name, recipes in owners.items():
         if getattr(args, name) is not None:
-            option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{option}: got a value with --task {args.task}, but it is for --task {other}; leave it out"
+                f"--{name.replace('_', '-')}: got a value with --recipe {args.recipe}, but it is for --recipe "
+                f"{', '.join(recipes)}; leave it out"
             )
-    if args.reparam == "mlp" and args.lr is None:
-        args.lr = MLP_LR
-    for name, value in DEFAULTS[args.task].items():
+    for name, value in own.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    return kind
 
 
-def _task(args: argparse.Namespace) -> Any:
-    from fastprompt.tuning.images import ImageTask
-    from fastprompt.tuning.texts import TextTask
-
-    # Absolute paths, so that `eval` finds them from anywhere.
-    model, data = (
-        getattr(args, name)
-        if getattr(args, name) == DEFAULTS[args.task][name]
-        else str(Path(getattr(args, name)).resolve())
-        for name in ("model", "data")
-    )
-    if args.task == IMAGE:
-        return ImageTask(model, data, args.shots, args.eval_size, args.image_size, args.seed, args.cache_dir)
-    # A shell passes a line break most easily as these two characters.
-    template = args.template and args.template.replace("\\n", "\n")
-    return TextTask(
-        model, data, args.shots, args.eval_size, args.part, template, dict(args.words), args.max_tokens,
-        args.seed, args.cache_dir,
-    )  # fmt: skip
+def _refuse_for_others(args: argparse.Namespace, kind: type[Job]) -> None:
+    for name in ("classes", "class_names", "style"):
+        if kind is not ClipJob and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: got a value, but the run is of --task {kind.kind}, not clip")
 
 
-def _build(kind: str, task: Any, autocast: str | None, device: str, classes: list[str] | None = None) -> Job:
-    """Load the model; ``classes`` are those of the data where they are not given."""
+def _nothing_to_train(job: Job, result: EvalResult | None, out: Path) -> TuneResult:
+    """Write what a run leaves behind, but for a checkpoint."""
+    from fastprompt.tuning.journal import Journal
+    from fastprompt.tuning.loop import CHECKPOINT, LOG
+    from fastprompt.tuning.supervised import TuneResult
+
+    if (out / CHECKPOINT).exists():
+        raise FileExistsError(f"out: {out} holds the {CHECKPOINT} of a trained run, expected another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    job.save(out)
+    journal = Journal(out / LOG)
+    if result is not None:
+        journal.write({"event": "eval", "step": 0, "epoch": 0, "accuracy": result.accuracy, "loss": result.loss,
+                       "n": result.n})  # fmt: skip
+    journal.close()
+    return TuneResult(0, 0, math.nan, result, math.nan, 0)
+
+
+def _write_run(job: Job, config: TuneConfig, before: EvalResult | None, result: TuneResult, file: Path) -> None:
     import torch
 
-    if kind == IMAGE:
-        classes = classes or list(task.images().classes)
-        model = task.build_model(len(classes)).to(device)
-        return Job(kind, task, classes, model, model)
-    classes = classes or list(task.texts().classes)
-    # Frozen weights need no more than the type they are used in.
-    scorer = task.build_model(tuple(classes), torch.bfloat16 if autocast else torch.float32).to(device)
-    torch.manual_seed(task.seed)
-    return Job(kind, task, classes, scorer, scorer.lm)
-
-
-def _other(job: Job, args: argparse.Namespace) -> Examples:
-    """All examples of another folder or file, with the classes of the run."""
-    from fastprompt.data import ImageDataset, ImageFolder, read_texts
-    from fastprompt.hf.images import image_transform
-
-    data: Any = ImageFolder(args.data) if job.kind == IMAGE else read_texts(args.data)
-    if list(data.classes) != job.classes:
-        raise DataError(f"data: got classes {list(data.classes)}, expected {job.classes}, those of the run")
-    if job.kind == TEXT:
-        return job.model.encode(data.samples, job.task.max_tokens)
-    return ImageDataset(data.samples, data.classes, image_transform(job.base, job.task.image_size)).load_all()
+    run = {"kind": job.kind, "task": asdict(job.task), "classes": job.classes, "autocast": job.autocast,
+           "recipe": repr(job.recipe), "config": asdict(config), "before": before, "after": result.evaluation,
+           "trainable": result.trainable_parameters, "steps": result.steps, "fastprompt": fastprompt.__version__,
+           "torch": torch.__version__}  # fmt: skip
+    file.write_text(json.dumps(run, indent=2, default=asdict))
 
 
 def _device(name: str) -> str:
@@ -280,7 +233,16 @@ def _device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _print_accuracy(result: Any, job: Job) -> None:
-    print(f"accuracy {100 * result.accuracy:.1f} % on {result.n} {job.noun} (loss {result.loss:.4f})")
-    for name, accuracy in zip(job.classes, result.class_accuracy, strict=True):
-        print(f"  {name:<20} {100 * accuracy:5.1f} %")
+def _accuracy(result: EvalResult, job: Job) -> str:
+    return f"accuracy {100 * result.accuracy:.1f} % on {result.n} {job.noun} (loss {result.loss:.4f})"
+
+
+def _print_accuracy(result: Any, job: Job, before: EvalResult | None = None) -> None:
+    """Accuracy of the whole and of every class, that of ``before`` beside it."""
+    print(_accuracy(result, job))
+    if before:
+        print(f"{job.baseline}: {_accuracy(before, job)}")
+    earlier = before.class_accuracy if before else [None] * len(job.classes)
+    for name, accuracy, was in zip(job.classes, result.class_accuracy, earlier, strict=True):
+        beside = "" if was is None else f"  ({job.baseline} {100 * was:.1f} %)"
+        print(f"  {name:<20} {100 * accuracy:5.1f} %{beside}")

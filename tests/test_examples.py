@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def run(name):
+def run(name, *arguments):
     """Run ``examples/name`` in a fresh process from the repository root."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, f"examples/{name}"]
+    command = [sys.executable, f"examples/{name}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -38,3 +40,13 @@ def test_timm_vit():
     else:
         assert done.returncode == 1
         assert done.stderr.strip() == "This example needs timm: pip install timm"
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(("name", "some"), [("coop_loop.py", "2"), ("coop_trainer.py", "30")])
+def test_coop_on_the_shipped_clip(name, some):
+    done = run(name, some)
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss'?:? '?([\d.]+)", done.stdout)]
+    before, after = (float(re.search(rf"accuracy {when} (\S+)", done.stdout)[1]) for when in ("before", "after"))
+    assert losses[-1] < losses[0] and 0.05 < before < 1 and 0.05 < after < 1

@@ -165,7 +165,7 @@ def test_interrupted_run_resumes_to_the_same_bits(files, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--image-size", "32"], "--image-size: got a value with --task text, but it is for --task image"),
+        (["--image-size", "32"], "--image-size: got a value with --recipe prefix, but it is for --recipe vpt"),
         (["--model", "nowhere"], "expected 'smollm2-135m' or a local folder"),
         (["--data", "nowhere.csv"], "is not a file"),
         (["--shots", "40"], "has 30 texts, expected 55"),
@@ -186,7 +186,7 @@ def test_clear_errors(files, tmp_path, capsys, extra, message):
 
 def test_text_options_are_refused_for_images(tmp_path, capsys):
     assert main(["tune", "--reparam", "mlp", "--out", str(tmp_path / "out")]) == 1
-    assert "--reparam: got a value with --task image" in capsys.readouterr().err
+    assert "--reparam: got a value with --recipe vpt" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["tune", "--task", "text", "--words", "ham", "--out", str(tmp_path / "out")])
     assert "expected CLASS=WORD" in capsys.readouterr().err
@@ -199,9 +199,10 @@ def test_text_options_are_refused_for_images(tmp_path, capsys):
 def test_rate_and_template_that_are_left_out_or_escaped(extra, reparam, lr):
     command = ["tune", "--task", "text", "--out", "x", "--template", r"{text}\nLabel:", *extra]
     args = cli._parser().parse_args(command)
-    cli_tune._fill_in(args)
-    assert (args.reparam, args.lr, args.length) == (reparam, lr, 8)
-    assert cli_tune._task(args) == TextTask(template="{text}\nLabel:")
+    kind = cli_tune.fill_in(args)
+    job = kind.__new__(kind)
+    assert (args.reparam, job.settings(args)["lr"], args.length) == (reparam, lr, 8)
+    assert kind.name_task(args) == TextTask(template="{text}\nLabel:")
 
 
 def test_eval_on_other_classes_is_refused(files, tmp_path, capsys):

@@ -93,6 +93,20 @@ def test_schedule_is_warm_up_then_half_cosine(warmup, total):
         assert learning_rate(config, total, total) == pytest.approx(0, abs=1e-15)
 
 
+def test_warm_up_at_a_constant_rate():
+    config = TuneConfig(lr=0.5, warmup=0.25, warmup_lr=1e-3)
+    rates = [learning_rate(config, step, 12) for step in range(12)]
+    assert rates[:3] == [1e-3] * 3 and rates[3] == 0.5
+    assert rates[3:] == [learning_rate(replace(config, warmup_lr=None), step, 12) for step in range(3, 12)]
+
+
+def test_evaluations_may_have_a_batch_size_of_their_own():
+    model, sizes = Toy(), []
+    model.register_forward_pre_hook(lambda m, a, k: sizes.append(len(k["labels"])), with_kwargs=True)
+    run(model, config=replace(CONFIG, epochs=1, eval_batch_size=5))
+    assert sizes == [4, 4, 4, 2, 5, 4]
+
+
 def test_log_has_a_line_a_step_and_an_evaluation(tmp_path):
     _, result = run(out_dir=tmp_path)
     steps = [record for record in records(tmp_path) if record["event"] == "step"]
@@ -181,6 +195,8 @@ def test_evaluate_counts_by_hand():
         ("weight_decay", -1),
         ("optimizer", "adam"),
         ("warmup", 1.0),
+        ("warmup_lr", 0),
+        ("eval_batch_size", 0),
         ("clip_norm", 0),
         ("autocast", "float16"),
         ("seed", 2**32),

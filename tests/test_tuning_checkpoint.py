@@ -11,6 +11,7 @@ from toy_classifier import CONFIG, Blobs, Toy, ToyHandle, timeless
 
 from fastprompt.errors import CheckpointError
 from fastprompt.tuning import tune
+from fastprompt.tuning.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 FILE = "checkpoint.safetensors"
 
@@ -285,3 +286,15 @@ def test_a_half_written_file_of_a_killed_run_is_ignored(stopped):
     model, _ = start(stopped, resume=True)
     assert torch.equal(model.head.weight, start(stopped / "straight")[0].head.weight)
     assert not (stopped / f"{FILE}.partial").exists()
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, before=stop_at(15, KeyboardInterrupt()))
+    old = read_checkpoint(tmp_path / FILE)
+    config = {name: value for name, value in old.config.items() if name != "warmup_lr"}
+    assert len(config) < len(old.config)
+    write_checkpoint(tmp_path / FILE, Checkpoint(old.tensors, config, old.progress))
+    with pytest.raises(CheckpointError, match=r"warmup_lr: got 0\.01, expected None"):
+        start(tmp_path, config=replace(CONFIG, warmup_lr=0.01), resume=True)
+    start(tmp_path, resume=True)

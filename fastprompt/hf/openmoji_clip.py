@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from fastprompt.data import assets
 from fastprompt.errors import CheckpointError
 from fastprompt.hf.clip_tokenizer import load_clip_tokenizer
 
@@ -32,7 +33,9 @@ vocabulary is not in this folder.
 """
 
 
-def load_openmoji_clip(folder: str | Path | None = None) -> tuple[CLIPModel, CLIPTokenizer]:
+def load_openmoji_clip(
+    folder: str | Path | None = None, *, cache_dir: str | Path | None = None
+) -> tuple[CLIPModel, CLIPTokenizer]:
     """Load the shipped CLIP (float32, evaluation mode) and CLIP's tokenizer, which is the ``clip-bpe`` asset.
 
     Only token rows that pretraining saw are stored; the others are zero, so that a token that it never saw adds
@@ -40,6 +43,7 @@ def load_openmoji_clip(folder: str | Path | None = None) -> tuple[CLIPModel, CLI
 
     Args:
         folder: as ``save_openmoji_clip`` writes it; default the one in the package.
+        cache_dir: folder of all assets; default ``assets.default_cache_dir()``.
 
     Returns:
         The model, for drawings ``[B,3,64,64]`` prepared with CLIP's mean and standard deviation, and the tokenizer.
@@ -62,7 +66,7 @@ def load_openmoji_clip(folder: str | Path | None = None) -> tuple[CLIPModel, CLI
     embedding[rows] = stored.float()
     model = CLIPModel(config)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()} | {EMBEDDING: embedding})
-    return model.eval(), load_clip_tokenizer()
+    return model.eval(), load_clip_tokenizer(assets.entry("clip-bpe", cache_dir=cache_dir))
 
 
 def save_openmoji_clip(model: CLIPModel, rows: Tensor, folder: str | Path) -> Path:

@@ -15,6 +15,7 @@ from fastprompt.errors import AttachError, CheckpointError
 from fastprompt.hf import clip_checkpoint
 from fastprompt.hf.attach import Handle, attach
 from fastprompt.hf.class_encoder import ClassEncoder, recomputed
+from fastprompt.hf.class_texts import check_classnames
 from fastprompt.hf.clip_vision import ImageCache, Scored, VisionPrompts, check_clip, image_features, prompted_layers
 from fastprompt.hf.holds import Freeze
 from fastprompt.hf.packing import Packing
@@ -276,6 +277,7 @@ class CLIPClassifier(nn.Module):
         tokenizer: Any,
         directory: str | Path,
         *,
+        classnames: Sequence[str] | None = None,
         share: str | None = None,
         class_chunk: int | None = None,
         cache_images: bool = False,
@@ -286,21 +288,29 @@ class CLIPClassifier(nn.Module):
             clip: The base model (same weights; another float dtype is fine).
             tokenizer: Its tokenizer.
             directory: Holds both files.
+            classnames: Other classes for the same prompt (base-to-new); None is those it was trained on.
             share: As for a new classifier.
             class_chunk: As for a new classifier.
             cache_images: As for a new classifier.
 
         Raises:
             CheckpointError: a file is missing or changed, or belongs to another CLIP; ``clip`` is left as it was.
+            ValueError: ``classnames`` for a prompt with one context a class (``csc``).
         """
         content, tensors = clip_checkpoint.read(Path(directory), CLIP_RECIPES)
         check_clip(clip)
         clip_checkpoint.check_base(content, clip)
+        names = content["classnames"] if classnames is None else list(check_classnames(classnames))
+        if content["config"].get("csc") and names != content["classnames"]:
+            raise ValueError(
+                f"classnames: got others than the {len(content['classnames'])} classes that each have a context of "
+                "their own (csc=True); expected those, or a prompt that was trained with csc=False"
+            )
         try:
             recipe = CLIP_RECIPES[content["method"]](**content["config"])
             with torch.random.fork_rng([]):  # the initial prompts are drawn, and then replaced
                 options: Any = {"share": share, "class_chunk": class_chunk, "cache_images": cache_images}
-                clf = cls(clip, tokenizer, content["classnames"], recipe, **options)
+                clf = cls(clip, tokenizer, names, recipe, **options)
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"directory: what {directory} holds does not fit this CLIP, tokenizer and options: {error}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastprompt.nn.dual_prompt import DualPrompt
+from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.words import check_context, initial_context
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class CoCoOp:
         check_context(self.n_ctx, self.init)
 
     def published(self, shots: int | None = None) -> dict[str, Any]:
-        """The optimisation of the released code, whatever the images a class."""
-        return {"optimizer": "sgd", "lr": 2e-3, "batch_size": 1, "epochs": 10}
+        """The optimisation of the released code (`dassl`), whatever the images a class: options of a `TuneConfig`."""
+        return dassl(lr=2e-3, batch_size=1, epochs=10)
 
     def build(self, sites: ClipSites) -> DualPrompt:
         """The context, and h: width D to D/16 to W."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.nn.dual_prompt import DualPrompt, normal_prompt
+from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.words import check_context, initial_context
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ class CoOp:
         return "none" if self.csc else "all"
 
     def published(self, shots: int | None = None) -> dict[str, Any]:
-        """The optimisation of the released code for so many images a class; None is 16 or more."""
+        """The optimisation of the released code (`dassl`) for so many images a class: options of a `TuneConfig`."""
         few = 200 if shots is None else shots
         epochs = 50 if few < 2 else 100 if few < 8 else 200
-        return {"optimizer": "sgd", "lr": 2e-3, "batch_size": 32, "epochs": epochs}
+        return dassl(lr=2e-3, batch_size=32, epochs=epochs)
 
     def build(self, sites: ClipSites) -> DualPrompt:
         """The context."""

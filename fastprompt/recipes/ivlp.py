@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.nn.dual_prompt import DualPrompt, normal_prompt
+from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.layers import is_count
 from fastprompt.recipes.words import check_context, check_depth, initial_context
 
@@ -49,8 +50,8 @@ class IVLP:
             raise ValueError(f"n_vision: got {self.n_vision!r}, expected an integer >= 1")
 
     def published(self, shots: int | None = None) -> dict[str, Any]:
-        """The optimisation of the released code, whatever the images a class."""
-        return {"optimizer": "sgd", "lr": 3.5e-3, "batch_size": 4, "epochs": 5}
+        """The optimisation of the released code (`dassl`), whatever the images a class: options of a `TuneConfig`."""
+        return dassl(lr=3.5e-3, batch_size=4, epochs=5)
 
     def build(self, sites: ClipSites) -> DualPrompt:
         """Text and vision prompts of all layers."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastprompt.nn.dual_prompt import DualPrompt, normal_prompt
+from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.words import check_context, check_depth, initial_context
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class MaPLe:
         check_depth(self.depth)
 
     def published(self, shots: int | None = None) -> dict[str, Any]:
-        """The optimisation of the released code, whatever the images a class."""
-        return {"optimizer": "sgd", "lr": 3.5e-3, "batch_size": 4, "epochs": 5}
+        """The optimisation of the released code (`dassl`), whatever the images a class: options of a `TuneConfig`."""
+        return dassl(lr=3.5e-3, batch_size=4, epochs=5)
 
     def build(self, sites: ClipSites) -> DualPrompt:
         """Text prompts of all layers, and the layers that compute the vision prompts; the deeper ones start alike."""

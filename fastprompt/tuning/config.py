@@ -10,7 +10,8 @@ from typing import Literal
 class TuneConfig:
     """Hyper-parameters of `tune`; the defaults suit a few images a class and a frozen backbone.
 
-    The learning rate rises linearly for ``warmup`` of all steps, then falls along half a cosine to zero.
+    The learning rate rises linearly for ``warmup`` of all steps, or stays at ``warmup_lr`` for them, then falls from
+    ``lr`` along half a cosine to zero.
 
     Args:
         epochs: passes over the training set (default 50).
@@ -19,11 +20,13 @@ class TuneConfig:
         weight_decay: decoupled for AdamW, added to the gradient for SGD (default 1e-4).
         optimizer: ``"adamw"`` or ``"sgd"`` with momentum 0.9 (default ``"adamw"``).
         warmup: fraction of all steps, from 0 to below 1 (default 0.1).
+        warmup_lr: the learning rate of all warm-up steps; None rises linearly to ``lr`` (default None).
         clip_norm: largest norm of the gradient over all parameters together; None leaves it alone (default 1.0).
         autocast: ``"bfloat16"`` runs the model under ``torch.autocast``; None in its own types (default None).
         seed: of the order of the data and of torch's generators, from 0 to 2**32 - 1 (default 0).
         save_every: steps between checkpoints; 0 writes one only at the end and on Ctrl-C (default 0).
         eval_every: epochs between evaluations; 0 evaluates only at the end (default 0).
+        eval_batch_size: examples at a time in evaluations; None is ``batch_size`` (default None).
 
     Raises:
         ValueError: a value is of the wrong type or out of range.
@@ -39,11 +42,13 @@ class TuneConfig:
     weight_decay: float = 1e-4
     optimizer: Literal["adamw", "sgd"] = "adamw"
     warmup: float = 0.1
+    warmup_lr: float | None = None
     clip_norm: float | None = 1.0
     autocast: Literal["bfloat16"] | None = None
     seed: int = 0
     save_every: int = 0
     eval_every: int = 0
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -53,6 +58,10 @@ class TuneConfig:
             "weight_decay": (_real(self.weight_decay) and self.weight_decay >= 0, "a finite number >= 0"),
             "optimizer": (self.optimizer in ("adamw", "sgd"), "'adamw' or 'sgd'"),
             "warmup": (_real(self.warmup) and 0 <= self.warmup < 1, "a fraction of all steps, 0 <= warmup < 1"),
+            "warmup_lr": (
+                self.warmup_lr is None or (_real(self.warmup_lr) and self.warmup_lr > 0),
+                "a finite number > 0, or None for a linear rise",
+            ),
             "clip_norm": (
                 self.clip_norm is None or (_real(self.clip_norm) and self.clip_norm > 0),
                 "a finite number > 0, or None for no clipping",
@@ -61,6 +70,10 @@ class TuneConfig:
             "seed": (_whole(self.seed, 0) and self.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
             "save_every": (_whole(self.save_every, 0), "a whole number of steps >= 0 (0: only at the end)"),
             "eval_every": (_whole(self.eval_every, 0), "a whole number of epochs >= 0 (0: only at the end)"),
+            "eval_batch_size": (
+                self.eval_batch_size is None or _whole(self.eval_batch_size, 1),
+                "a whole number >= 1, or None for batch_size",
+            ),
         }
         for name, (holds, expected) in rules.items():
             if not holds:
@@ -69,10 +82,10 @@ class TuneConfig:
 
 
 def learning_rate(config: TuneConfig, step: int, total: int) -> float:
-    """Return the learning rate of one step: linear warm-up, then half a cosine that would reach zero at ``total``.
+    """Return the learning rate of one step: the warm-up, then half a cosine that would reach zero at ``total``.
 
     Args:
-        config: gives ``lr`` and ``warmup``.
+        config: gives ``lr``, ``warmup`` and ``warmup_lr``.
         step: the step about to be taken, counted from 0.
         total: steps of the whole run.
 
@@ -82,7 +95,7 @@ def learning_rate(config: TuneConfig, step: int, total: int) -> float:
     """
     warmup = round(config.warmup * total)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * (step + 1) / warmup if config.warmup_lr is None else config.warmup_lr
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 

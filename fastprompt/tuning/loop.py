@@ -24,7 +24,7 @@ CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
 
 # These settings change when a run saves and measures, never what it computes.
-_FREE_SETTINGS = {"save_every", "eval_every"}
+_FREE_SETTINGS = {"save_every", "eval_every", "eval_batch_size"}
 
 
 class Run:
@@ -170,7 +170,7 @@ class Run:
         return self.step == self.total or (every > 0 and rest == 0 and epochs % every == 0)
 
     def _evaluate(self, eval_set: Examples) -> None:
-        size, autocast = self.config.batch_size, self.config.autocast
+        size, autocast = self.config.eval_batch_size or self.config.batch_size, self.config.autocast
         result = evaluate(self.model, eval_set, batch_size=size, autocast=autocast, progress=self.shown)
         with hold_interrupts():
             self.evaluation, self.evaluated_step, self.saved_step = result, self.step, None
