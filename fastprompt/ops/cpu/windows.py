@@ -22,7 +22,7 @@ from torch import Tensor
 BLOCKS = (16, 32)
 #: Rows of a tile, about: what a tile reads and writes stays in the caches.
 TILE = 768
-#: Rows, at least, of a tile on average; many prompts that few rows read are better off without windows.
+#: Rows, at least, of one of several tiles on average; many prompts that few rows read are better off without windows.
 LEAST = 128
 
 
@@ -54,7 +54,7 @@ def short(longest: int, is_causal: bool) -> bool:
 
 def shared(tiled: list[Tile]) -> bool:
     """Whether enough rows read the prompt of a tile."""
-    return tiled[-1].rows.stop >= LEAST * len(tiled)
+    return len(tiled) == 1 or tiled[-1].rows.stop >= LEAST * len(tiled)
 
 
 class _Windows:
