@@ -45,7 +45,7 @@ class ClassEncoder(nn.Module):
         self._sequences: list[list[int]] = []
         self._prefix = 0
         self._packings = nn.ModuleDict()
-        self._kept: dict[Any, tuple[tuple, Tensor]] = {}
+        self._kept: dict[Any, tuple[tuple, Any]] = {}
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_kept": {}}
@@ -142,7 +142,7 @@ class ClassEncoder(nn.Module):
         packing = Packing(sequences, shared_length(sequences) if self.tower.causal else 0, self.tower.causal)
         return unit(self.tower.encode(packing.to(self.tower.device)))
 
-    def keep(self, name: Any, sources: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+    def keep(self, name: Any, sources: Iterable[Tensor], compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives of ``sources`` and the tower; from memory if none changed or needs a gradient."""
         sources = (*sources, *self.tower.weights())
         tracked = torch.is_grad_enabled() and any(x.requires_grad for x in sources)

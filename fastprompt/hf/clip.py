@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fastprompt.errors import UnsupportedModelError
 from fastprompt.hf.attention import dropout_fields
-from fastprompt.hf.packing import Packing, shared_length
+from fastprompt.hf.packing import Packed, Packing, shared_length
 from fastprompt.hf.sites import choose_tower
 from fastprompt.nn.frozen_mlp import is_frozen_quick, run_mlp
 
@@ -57,6 +57,18 @@ class ClipSites:
         feature = clip.config.projection_dim if hasattr(clip, "visual_projection") else width
         dtype = torch.promote_types(tower.text.embeddings.token_embedding.weight.dtype, torch.float32)
         return cls(tower.width, width, feature, len(tower.layers), len(vision.layers), classes, dtype, embed)
+
+
+class FrozenRows(NamedTuple):
+    """What no prompt changes of a packing's rows, for one group.
+
+    Attributes:
+        rows: Token and position embeddings ``[n,W]``; slots hold their position alone.
+        projected: Queries, keys and values of the suffixes in the first layer, if they hold no slot.
+    """
+
+    rows: Tensor
+    projected: list[Tensor] | None
 
 
 class TextTower:
@@ -118,14 +130,22 @@ class TextTower:
         weight = self.text.embeddings.token_embedding.weight
         return weight.detach()[torch.tensor(ids, dtype=torch.int64, device=weight.device)].clone()
 
-    def frozen_rows(self, packing: Packing) -> Tensor:
-        """Token and position embeddings ``[n,W]`` of a packing's rows; slots hold their position alone."""
+    def frozen_rows(self, packing: Packing) -> FrozenRows:
+        """What no prompt changes of a packing's rows."""
         tokens = self.text.embeddings.token_embedding(packing.ids)
         tokens = tokens.index_fill(0, packing.slot_rows, 0)
-        return tokens + self.text.embeddings.position_embedding(packing.positions)
+        rows = tokens + self.text.embeddings.position_embedding(packing.positions)
+        if not packing.prefix or packing.slots_in_suffix:
+            return FrozenRows(rows, None)
+        first = self.layers[0]
+        return FrozenRows(rows, _project(first.self_attn, first.layer_norm1(rows[packing.prefix :])))
 
     def encode(
-        self, packing: Packing, context: Tensor | None = None, deep: Sequence[Tensor] = (), frozen: Tensor | None = None
+        self,
+        packing: Packing,
+        context: Tensor | None = None,
+        deep: Sequence[Tensor] = (),
+        frozen: FrozenRows | None = None,
     ) -> Tensor:
         """Projected features ``[G*C,D]`` of the end tokens, group by group.
 
@@ -135,11 +155,13 @@ class TextTower:
             deep: What they hold before layers 1, 2, ...: ``[slots,W]`` each.
             frozen: `frozen_rows`, if they are at hand.
         """
-        hidden, packed = packing.pack(self.frozen_rows(packing) if frozen is None else frozen, context)
+        rows, projected = self.frozen_rows(packing) if frozen is None else frozen
+        hidden, packed = packing.pack(rows, context)
         for index, layer in enumerate(self.layers):
             if 0 < index <= len(deep):
                 hidden = packed.put(hidden, deep[index - 1])
-            hidden = _run_layer(layer, hidden, packed, last=index == len(self.layers) - 1)
+            known = projected if index == 0 else None
+            hidden = _run_layer(layer, hidden, packed, known, last=index == len(self.layers) - 1)
         hidden = self.text.final_layer_norm(hidden)
         return hidden if self.projection is None else self.projection(hidden)
 
@@ -193,13 +215,25 @@ def _part(module: nn.Module, path: str) -> Any:
     return found
 
 
-def _run_layer(layer: Any, hidden: Tensor, packed: Any, last: bool) -> Tensor:
-    """One pre-norm layer on packed rows; of the last one only what the end tokens need."""
-    attention = layer.self_attn
-    normed = layer.layer_norm1(hidden)
+def _project(attention: Any, normed: Tensor) -> list[Tensor]:
+    """Queries, keys and values ``[R,H,D]`` of rows ``[R,W]`` behind the norm."""
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (project(normed).unflatten(-1, (attention.num_heads, -1)) for project in projections)
-    mixed = packed.attend(query, key, value, attention.scale, last=last)
+    return [project(normed).unflatten(-1, (attention.num_heads, -1)) for project in projections]
+
+
+def _run_layer(layer: Any, hidden: Tensor, packed: Packed, known: list[Tensor] | None, last: bool) -> Tensor:
+    """One pre-norm layer on packed rows; of the last one only what the end tokens need.
+
+    ``known`` are the suffixes' queries, keys and values in the first layer, of one group.
+    """
+    attention = layer.self_attn
+    if known is None:
+        parts = [packed.split(x) for x in _project(attention, layer.layer_norm1(hidden))]
+        shared, own = ([part[i] for part in parts] for i in (0, 1))
+    else:
+        shared = _project(attention, layer.layer_norm1(packed.split(hidden)[0]))
+        own = [x.repeat(packed.groups, 1, 1) for x in known]
+    mixed = packed.attend(shared, own, attention.scale, last=last)
     if last:
         mixed = mixed.index_select(0, packed.ends)
         hidden = hidden.index_select(0, packed.ends + packed.groups * packed.prefix)

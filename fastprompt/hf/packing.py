@@ -53,33 +53,36 @@ class Packed(NamedTuple):
     longest: int
     causal: bool
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, last: bool = False) -> Tensor:
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows ``[R,...]`` of the prefixes and of the suffixes."""
+        count = self.groups * self.prefix
+        shared, own = rows.split([count, rows.shape[0] - count])
+        return shared, own
+
+    def attend(self, shared: Sequence[Tensor], own: Sequence[Tensor], scale: float | None, *, last: bool) -> Tensor:
         """Attention of packed rows ``[R,H,D]``; in the last layer that of the suffixes alone.
 
         Args:
-            query: ``[R,H,D]``.
-            key: ``[R,H,D]``.
-            value: ``[R,H,D]``.
+            shared: Queries, keys and values of the prefixes.
+            own: Those of the suffixes.
             scale: Softmax scale.
             last: Nothing reads the prefix's rows any more.
         """
+        query, key, value = own
         if not self.causal:
-            query, key, value = (x.unflatten(0, (-1, self.longest)).transpose(1, 2) for x in (query, key, value))
+            query, key, value = (x.unflatten(0, (-1, self.longest)).transpose(1, 2) for x in own)
             return sdpa(query, key, value, scale=scale).transpose(1, 2).flatten(0, 1)
-        rows = self.groups * self.prefix
-        cut = [rows, query.shape[0] - rows]
-        (prefix_query, query), (prefix_key, key), (prefix_value, value) = (x.split(cut) for x in (query, key, value))
         prefix_query, prefix_key, prefix_value = (
-            x.unflatten(0, (self.groups, self.prefix)).transpose(1, 2) for x in (prefix_query, prefix_key, prefix_value)
+            x.unflatten(0, (self.groups, self.prefix)).transpose(1, 2) for x in shared
         )
         out: Any = prompt_attention_varlen(
             query, key, value, prefix_key, prefix_value, self.cu_seqlens,
             max_seqlen=self.longest, prompt_index=self.prompt_index, is_causal=True, scale=scale,
         )  # fmt: skip
-        if last or not rows:
+        if last or not self.prefix:
             return out
-        shared = sdpa(prefix_query, prefix_key, prefix_value, is_causal=True, scale=scale)
-        return torch.cat([shared.transpose(1, 2).flatten(0, 1), out])
+        shared_out = sdpa(prefix_query, prefix_key, prefix_value, is_causal=True, scale=scale)
+        return torch.cat([shared_out.transpose(1, 2).flatten(0, 1), out])
 
     def put(self, rows: Tensor, prompt: Tensor) -> Tensor:
         """Rows ``[R,W]`` with slot m of every text replaced by row m of ``prompt [M,W]``."""
@@ -108,6 +111,7 @@ class Packing(nn.Module):
         self.longest = max(map(len, own))
         rows = [*sequences[0][:prefix], *(i for s in own for i in s)]
         at = [row for row, i in enumerate(rows) if i < 0]
+        self.slots_in_suffix = any(row >= prefix for row in at)
         numbers = {
             "ids": [max(i, 0) for i in rows],
             "positions": [*range(prefix), *(i for s in own for i in range(prefix, prefix + len(s)))],
