@@ -61,7 +61,8 @@ def test_what_windows_hold(taken):
 
 def test_many_prompts_for_few_rows(taken):
     with patch.object(windows, "LEAST", 11):
-        for lengths, index, calls in (((9, 12), [0, 1], 0), ((10, 12), [0, 1], 1), ((9, 12), [1, 1], 2)):
+        cases = (((9, 12), [0, 1], 0), ((10, 12), [0, 1], 1), ((9, 12), [1, 1], 2), ((3, 4), [1, 1], 3))
+        for lengths, index, calls in cases:
             check(make(torch.float32, lengths, bank=2), lengths, is_causal=True, prompt_index=torch.tensor(index))
             assert taken == {"forward": calls, "backward": calls}
 
