@@ -208,7 +208,10 @@ class Learned:
 
 def _lines(name: str, file: Path) -> tuple[str, ...]:
     """The lines of a file that hold something."""
+    option = "--" + name.replace("_", "-")
+    if not file.is_file():
+        raise ValueError(f"{option}: got {file}, which is no file; expected a text file with one a line")
     found = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     if not found:
-        raise ValueError(f"{name}: {file} is empty, expected one a line")
+        raise ValueError(f"{option}: got {file}, which is empty; expected one a line")
     return found

@@ -357,6 +357,47 @@ def test_what_is_kept_serves_no_other_mode(recipe):
         assert same(step(clf), step(fresh()))
 
 
+def test_image_features_follow_the_weights():
+    """Kept ones are those of the weights as they were; a cache under autocast or in inference mode stays."""
+    clf, images = build(SMALL, RECIPES["CoOp"], cache_images=True), pixels(clip())
+    first = clf.image_features(images)
+    calls = calls_of(clf.clip.vision_model)
+    with torch.inference_mode():
+        assert torch.equal(clf.image_features(images), first)
+    assert not calls
+    with torch.no_grad():
+        for p in clf.clip.vision_model.parameters():
+            p.mul_(1.3)
+    changed = clf.image_features(images)
+    assert len(calls) == 1 and (changed - first).abs().max() > 1e-3
+    clf.double()
+    assert clf.image_features(images).dtype == torch.float64
+
+
+@pytest.mark.parametrize("recipe", ["CoOp", "templates"])
+def test_what_is_returned_may_be_written_to(recipe):
+    clf = CLIPClassifier(clip(), tokenizer(), NAMES, (RECIPES | FROZEN)[recipe]).eval()
+    with torch.no_grad():
+        want = clf(pixels(clf.clip)).logits
+        for found in (clf.text_features(), clf.export(), clf.zero_shot_weights(TEMPLATES)):
+            found.zero_()
+        assert torch.equal(clf(pixels(clf.clip)).logits, want)
+
+
+@pytest.mark.parametrize("recipe", ["CoOp", "CoCoOp", "templates"])
+def test_a_model_made_in_inference_mode(recipe):
+    """Its tensors count no versions, so nothing that is computed of them is kept."""
+    recipe = (RECIPES | FROZEN)[recipe]
+
+    def logits(model):
+        torch.manual_seed(0)
+        return CLIPClassifier(model, tokenizer(), NAMES, recipe, cache_images=True)(pixels(clip())).logits
+
+    with torch.inference_mode():
+        found = logits(clip())
+    assert torch.equal(found, logits(clip()).detach())
+
+
 def test_loading_a_state_refreshes_the_cache():
     clf = build(SMALL, RECIPES["CoOp"]).eval()
     with torch.no_grad():

@@ -127,6 +127,8 @@ def test_a_recipe_of_a_wrong_type(recipe):
         (lambda: CoOp(init=3), "init"),
         (lambda: CoCoOp(n_ctx=0), "n_ctx"),
         (lambda: MaPLe(n_ctx=0), "n_ctx"),
+        (lambda: MaPLe(n_ctx=None), "n_ctx"),
+        (lambda: IVLP(n_ctx=None), "n_ctx"),
         (lambda: MaPLe(depth=0), "depth"),
         (lambda: MaPLe(depth="deep"), "depth"),
         (lambda: IVLP(n_vision=0), "n_vision"),
@@ -217,7 +219,9 @@ def test_labels_of_another_type():
         clf(pixels(clf.clip), labels=torch.rand(3))
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3, 16, 16), torch.zeros(2, 3, 16), "image", None])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3, 16, 16), torch.zeros(2, 3, 16), torch.zeros(0, 3, 16, 16), "image", None]
+)
 def test_pixel_values_of_another_shape(bad):
     clf = build(SMALL, RECIPES["CoOp"])
     with pytest.raises((ValueError, TypeError), match=r"pixel_values: got .*expected"):

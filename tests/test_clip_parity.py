@@ -10,6 +10,7 @@ from tiny_models import assert_as_good, assert_close
 from torch.nn.functional import cross_entropy
 
 from fastprompt import IVLP, CLIPClassifier, CoCoOp, CoOp, MaPLe
+from fastprompt.hf import class_encoder
 
 BF16 = torch.bfloat16
 
@@ -204,6 +205,20 @@ def test_compiles_as_one_graph(recipe, chunk, backend):
         torch._dynamo.reset()
     got = {"logits": out.logits.detach(), "loss": out.loss.detach()}
     assert_close(got | {key: p.grad for key, p in clf.learner.named_parameters()}, want)
+
+
+@pytest.mark.parametrize("recipe", ["CoOp", "CSC front"])
+def test_compiles_before_it_ever_ran_in_chunks_of_its_own_choice(recipe, monkeypatch):
+    monkeypatch.setattr(class_encoder, "TEXT_MEMORY", 20_000)
+    clf = build(SMALL, RECIPES[recipe])
+    assert len(clf.texts.chunks(1, tracked=True)) > 1
+    want, clf = step(clf), build(SMALL, RECIPES[recipe])
+    images = pixels(clf.clip)
+    try:
+        out = torch.compile(clf, fullgraph=True, backend="eager")(images, labels=labels(3, len(NAMES)))
+    finally:
+        torch._dynamo.reset()
+    assert_close({"logits": out.logits.detach(), "loss": out.loss.detach()}, {k: want[k] for k in ("logits", "loss")})
 
 
 @pytest.mark.parametrize("recipe", ["CoOp", "MaPLe", "CoCoOp"])

@@ -76,7 +76,9 @@ class ClassEncoder(nn.Module):
             found = [[i - c * length if i < 0 else i for i in ids] for c, ids in enumerate(found)]
         self._sequences = found
         self._prefix = shared_length(found) if self.share != "none" else 0
-        self._at_a_time(self.class_chunk or len(found))
+        # Made here for one context, since torch.compile cannot trace it; the chunks of many are made when seen.
+        for tracked in (True, False):
+            self.chunks(1, tracked)
 
     def _checked_share(self, recipe: Any, share: str | None) -> str:
         if share is not None and share not in SHARES:

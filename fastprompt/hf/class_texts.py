@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-POSITIONS = ("end", "middle", "front")
-
 
 class Words:
     """A tokenizer beside the text tower that it belongs to.

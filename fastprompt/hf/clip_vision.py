@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from fastprompt.hf.attention import CHILD
 from fastprompt.hf.clip import unit
 from fastprompt.hf.sites import Site, choose_tower
 from fastprompt.nn.dual_prompt import DualPrompt
-from fastprompt.nn.prompts import ComputedPrompt
+from fastprompt.nn.prompts import ComputedPrompt, versions_of
 
 
 @dataclass
@@ -80,13 +80,23 @@ class VisionPrompts:
 
 
 class ImageCache:
-    """Image features by the bytes of the image, in memory."""
+    """Image features by the bytes of the image, in memory, until a weight changes."""
 
     def __init__(self):
         self._found: dict[tuple, Tensor] = {}
+        self._weights: tuple = ()
 
-    def lookup(self, pixel_values: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Features ``[B,D]``; only images not seen before are computed, each once."""
+    def lookup(self, pixel_values: Tensor, compute: Callable[[Tensor], Tensor], weights: Iterable[Tensor]) -> Tensor:
+        """Features ``[B,D]``; only images not seen before are computed, each once.
+
+        Args:
+            pixel_values: ``[B,...]``.
+            compute: Gives the features of images.
+            weights: The tensors that it reads.
+        """
+        versions = versions_of(weights)
+        if versions != self._weights:
+            self._found, self._weights = {}, versions
         device = pixel_values.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         images = pixel_values.detach().cpu().contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 #: QuickGELU is ``x sigmoid(SLOPE x) = silu(SLOPE x) / SLOPE`` (Hendrycks and Gimpel, 2016).
 SLOPE = 1.702
@@ -26,6 +27,7 @@ class FrozenQuickMLP(torch.autograd.Function):
         return torch.addmm(b2, nn.functional.silu(inner), w2.t(), alpha=1 / SLOPE)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x."""
         inner, w1, w2 = ctx.saved_tensors
@@ -35,10 +37,20 @@ class FrozenQuickMLP(torch.autograd.Function):
 def is_frozen_quick(mlp: Any) -> bool:
     """Whether a module with ``fc1``, ``activation_fn`` and ``fc2`` is two plain frozen layers around QuickGELU."""
     layers = (getattr(mlp, "fc1", None), getattr(mlp, "fc2", None))
-    quick = type(getattr(mlp, "activation_fn", None)).__name__ == "QuickGELUActivation"
-    return quick and all(
+    act = getattr(mlp, "activation_fn", None)
+    if type(act).__name__ != "QuickGELUActivation" or any(map(_is_hooked, (mlp, act, *layers))):
+        return False
+    return all(
         type(x) is nn.Linear and x.bias is not None and not any(p.requires_grad for p in x.parameters()) for x in layers
     )
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a ``forward`` of its own (offloading)."""
+    if not isinstance(module, nn.Module):
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
 def run_mlp(mlp: Any, x: Tensor) -> Tensor:

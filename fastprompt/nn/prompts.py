@@ -88,7 +88,13 @@ def stamp_of(tensors: Iterable[Tensor]) -> tuple:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # Tensors made in inference mode cannot be saved for a backward pass outside.
     state = (autocast, torch.is_inference_mode_enabled())
-    return (*state, *((x.data_ptr(), x._version, x.dtype) for x in tensors))
+    return (*state, *versions_of(tensors))
+
+
+def versions_of(tensors: Iterable[Tensor]) -> tuple:
+    """Changes whenever one of ``tensors`` does; a write through ``.data`` goes unseen."""
+    # Tensors made in inference mode count no versions: they are never taken for unchanged.
+    return tuple((x.data_ptr(), object() if x.is_inference() else x._version, x.dtype) for x in tensors)
 
 
 class ProjectedPrompt(LayerPrompt):

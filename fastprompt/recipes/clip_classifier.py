@@ -133,7 +133,7 @@ class CLIPClassifier(nn.Module):
             )
         if self._images is None or torch.compiler.is_compiling():
             return image_features(self.clip, pixel_values)
-        return self._images.lookup(pixel_values, lambda x: image_features(self.clip, x))
+        return self._images.lookup(pixel_values, lambda x: image_features(self.clip, x), self.clip.parameters())
 
     def text_features(self, image_features: Tensor | None = None) -> Tensor:
         """Unit text features ``[C,D]``, or ``[B,C,D]`` where the recipe's context depends on the image.
@@ -144,12 +144,13 @@ class CLIPClassifier(nn.Module):
             image_features: Unit rows ``[B,D]``; `CoCoOp` alone reads them.
         """
         if self.learner.context is None:
-            return self.texts.template_features(self.recipe.templates)
+            return self.texts.template_features(self.recipe.templates).clone()
         deep = list(self.learner.deep_text)
         if self.learner.meta is not None:
             return self.texts.encode_all(self._context(image_features), deep)
         compute = lambda: self.texts.encode_all(self._context(None), deep)[0]  # noqa: E731
-        return self.texts.keep("learned", self.learner.parameters(), compute)
+        # A copy, which the caller may write to.
+        return self.texts.keep("learned", self.learner.parameters(), compute).clone()
 
     def _context(self, image: Tensor | None) -> Tensor:
         """What the texts' slots hold: ``[G,slots,W]``."""
@@ -180,9 +181,9 @@ class CLIPClassifier(nn.Module):
         Returns:
             ``.loss`` (None without labels) and ``.logits [B,C]`` (None if not kept), float32.
         """
-        if not isinstance(pixel_values, Tensor) or pixel_values.dim() != 4:
+        if not isinstance(pixel_values, Tensor) or pixel_values.dim() != 4 or not len(pixel_values):
             got = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-            raise ValueError(f"pixel_values: got {got}, expected a tensor [B,3,H,W]")
+            raise ValueError(f"pixel_values: got {got}, expected a tensor [B,3,H,W] of at least one image")
         if labels is not None:
             self._check_labels(labels, len(pixel_values))
         elif not return_logits:
@@ -231,7 +232,7 @@ class CLIPClassifier(nn.Module):
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (batch,):
             got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels: got {got}, expected int64 [{batch}], one class number an image")
-        if torch.compiler.is_compiling() or not batch:
+        if torch.compiler.is_compiling():
             return
         low, high = (int(x) for x in labels.aminmax())
         if low < 0 or high >= len(self.classnames):
@@ -264,7 +265,7 @@ class CLIPClassifier(nn.Module):
                 f"recipe: got {type(self.recipe).__name__}, whose class weights depend on the image; expected a recipe "
                 "with one set of class weights, such as CoOp"
             )
-        return self.text_features().clone()
+        return self.text_features()
 
     def save(self, directory: str | Path) -> None:
         """Write ``prompt_config.json`` and ``prompts.safetensors``: the learned tensors, class names and recipe."""

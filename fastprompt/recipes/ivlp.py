@@ -44,7 +44,7 @@ class IVLP:
     share = "all"
 
     def __post_init__(self):
-        check_context(self.n_ctx, self.init)
+        check_context(self.n_ctx, self.init, counted=True)
         check_depth(self.depth)
         if not is_count(self.n_vision):
             raise ValueError(f"n_vision: got {self.n_vision!r}, expected an integer >= 1")

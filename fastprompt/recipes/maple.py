@@ -46,7 +46,7 @@ class MaPLe:
     share = "all"
 
     def __post_init__(self):
-        check_context(self.n_ctx, self.init)
+        check_context(self.n_ctx, self.init, counted=True)
         check_depth(self.depth)
 
     def published(self, shots: int | None = None) -> dict[str, Any]:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fastprompt.hf.clip import ClipSites
 
 
-def check_context(n_ctx: object, init: object) -> None:
-    """Raise unless ``n_ctx`` is a count or None, and ``init`` words or None."""
-    if n_ctx is not None and not is_count(n_ctx):
+def check_context(n_ctx: object, init: object, *, counted: bool = False) -> None:
+    """Raise unless ``n_ctx`` is a count, or None unless ``counted``, and ``init`` words or None."""
+    if not is_count(n_ctx) and (counted or n_ctx is not None):
         raise ValueError(f"n_ctx: got {n_ctx!r}, expected an integer >= 1")
     if init is not None and (not isinstance(init, str) or not init.strip()):
         raise ValueError(f"init: got {init!r}, expected words such as 'a photo of a', or None for a random start")
