@@ -72,9 +72,12 @@ def build(
             parts.append(part.detach())
         return [torch.cat(parts), total]
 
-    def work(rows: int, pooled: int, pairs: int) -> Work:
-        """Of ``rows`` in every layer, ``pooled`` of them behind the last attention, ``pairs`` that see each other."""
-        products = 24 * layers * rows - 18 * (rows - pooled) + 2 * classes
+    def work(rows: int, pooled: int, known: int, pairs: int) -> Work:
+        """Of ``rows`` in every layer, ``pooled`` of them behind the last attention, ``pairs`` that see each other.
+
+        The first layer's keys, queries and values of ``known`` rows are at hand.
+        """
+        products = 24 * layers * rows - 18 * (rows - pooled) - 6 * known + 2 * classes
         weights = 12 * layers * width**2 * kind.itemsize
         return Work(2 * products * width**2 + 14 * layers * pairs * width, 2 * weights)
 
@@ -85,19 +88,21 @@ def build(
     own = [n - prefix for n in Texts(clip, names, context).lengths]
     longest = max(own)
     cut, shared = classes * (prefix + longest), prefix + classes * longest
-    forms: dict[str, tuple[Callable[[], Features], int, int, int]] = {  # rows, rows pooled, pairs
-        "published": (lambda: padded(LIMIT), classes * LIMIT, classes * LIMIT, classes * pairs(0, LIMIT)),
-        "trimmed": (lambda: padded(None), cut, cut, classes * pairs(0, prefix + longest)),
+    forms: dict[str, tuple[Callable[[], Features], int, int, int, int]] = {  # rows, pooled, known, pairs
+        "published": (lambda: padded(LIMIT), classes * LIMIT, classes * LIMIT, 0, classes * pairs(0, LIMIT)),
+        "trimmed": (lambda: padded(None), cut, cut, 0, classes * pairs(0, prefix + longest)),
         "shared": (
-            lambda: padded(None, "shared_features"), shared, shared,
+            lambda: padded(None, "shared_features"), shared, shared, 0,
             pairs(0, prefix) + classes * pairs(prefix, longest),
         ),
-        "fastprompt": (packed, prefix + sum(own), classes, pairs(0, prefix) + sum(pairs(prefix, n) for n in own)),
+        "fastprompt": (
+            packed, prefix + sum(own), classes, sum(own), pairs(0, prefix) + sum(pairs(prefix, n) for n in own),
+        ),
     }  # fmt: skip
     providers = {}
-    for name, (make, rows, pooled, seen) in forms.items():
+    for name, (make, rows, pooled, known, seen) in forms.items():
         needed = 0 if name == "fastprompt" else activation_bytes(rows, width, layers, kind)  # it chunks classes
-        why_not, counted = too_large(needed, device), work(rows, pooled, seen)
+        why_not, counted = too_large(needed, device), work(rows, pooled, known, seen)
         for full, finish in ((name, step), (f"{name}/compiled", compiled)):
             steps = lambda m=make, f=finish: f(*m())  # noqa: E731
             check = lambda s=steps: s()()  # noqa: E731
