@@ -44,9 +44,9 @@ def image_features(model: Any, pixel_values: Tensor) -> Tensor:
     return unit(found if isinstance(found, Tensor) else found.pooler_output)
 
 
-def prompted_layers(clip: Any) -> int:
-    """Layers of the vision tower that hold prompts."""
-    return sum(hasattr(attention, CHILD) for attention in choose_tower(clip, "vision").attentions)
+def prompted_layers(attentions: list[nn.Module]) -> int:
+    """How many attention modules hold prompts."""
+    return sum(hasattr(attention, CHILD) for attention in attentions)
 
 
 class VisionPrompts:

@@ -19,6 +19,7 @@ from fastprompt.hf.class_texts import check_classnames
 from fastprompt.hf.clip_vision import ImageCache, Scored, VisionPrompts, check_clip, image_features, prompted_layers
 from fastprompt.hf.holds import Freeze
 from fastprompt.hf.packing import Packing
+from fastprompt.hf.sites import choose_tower
 from fastprompt.recipes.registry import CLIP_RECIPES
 from fastprompt.recipes.zero_shot import TEMPLATE, check_templates
 
@@ -97,7 +98,8 @@ class CLIPClassifier(nn.Module):
         self._freeze: Freeze | None = Freeze(clip.parameters())
         self._freeze.apply()
         self._modes = [(module, module.training) for module in clip.modules()]
-        self._prompted = prompted_layers(clip)
+        self._attentions = choose_tower(clip, "vision").attentions
+        self._prompted = prompted_layers(self._attentions)
         self.clip, self.texts, self.learner = clip, texts, learner
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_pre_hook(_note_base)
@@ -126,7 +128,7 @@ class CLIPClassifier(nn.Module):
         Raises:
             AttachError: another classifier or handle has changed the prompts of the vision tower.
         """
-        if prompted_layers(self.clip) != self._prompted:
+        if prompted_layers(self._attentions) != self._prompted:
             raise AttachError(
                 "clip: its vision tower has got or lost prompts since this classifier was built; detach the other "
                 "classifier or handle first, or build a classifier on a CLIP of its own"
