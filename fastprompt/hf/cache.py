@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -195,6 +196,14 @@ class PromptCache(Cache):
             ValueError: always; what was dropped cannot come back.
         """
         next(x for x in self.layers if isinstance(x, CompressedLayer)).crop()
+
+    def __deepcopy__(self, memo: dict) -> PromptCache:
+        """A copy of all states for the same model, to go on from a prompt in several ways."""
+        other = PromptCache(self.model, self.policy, image_mask=self._image_mask)
+        memo[id(self)], memo[id(self._tokens)] = other, other._tokens
+        vars(other._tokens).update(copy.deepcopy(vars(self._tokens), memo))
+        other.layers, other._settled = copy.deepcopy(self.layers, memo), self._settled
+        return other
 
     def __repr__(self) -> str:
         return f"PromptCache({type(self.model).__name__}, {self.policy!r}, {self._tokens.length} tokens)"
