@@ -28,6 +28,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastprompt.kernels import compress_kv, key_scores
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
 from fastprompt.ops.dispatch import HEAD_SIZES
@@ -74,6 +75,7 @@ class Variant(NamedTuple):
     bank: int = 1
     prompts: torch.dtype | None = None
     packed: bool = False
+    cache: bool = False
 
 
 VARIANTS = {
@@ -81,12 +83,16 @@ VARIANTS = {
     "masked": Variant(is_causal=True, mask=torch.uint8),
     "packed": Variant(is_causal=True, packed=True),
     "bank": Variant(mask=torch.float32, groups=4, bank=8, prompts=torch.float32),
+    "cache": Variant(is_causal=True, groups=4, cache=True),
+    "cache masked": Variant(mask=torch.bool, groups=4, cache=True),
 }
 
 
 def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     """Every launch of forward and backward on ViT-B/16 shapes, as the launchers plan them; no data is needed."""
     v = VARIANTS[variant]
+    if v.cache:
+        return _cache_plans(v, dtype, dim)
     batch, heads, tokens, prompts = 64, 12, 197, 50
     rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
@@ -106,6 +112,30 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     grads = allocate(problem, [True] * 5)
     plan = [plan_forward(problem, out, lse), *plan_backward(problem, out, lse, grad_out, lse, grads)]
     return list({launch.kernel.__name__: launch for launch in plan}.values())
+
+
+def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """Every launch of scoring and compressing a decoder's cache of 4,096 tokens to a fifth."""
+    batch, heads_kv, length, kept = 4, 8, 4096, 819
+    shape = (batch, heads_kv, length)
+
+    def tensor(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=kind, device="meta")
+
+    query, key = (tensor(batch, h, length, dim, kind=dtype) for h in (heads_kv * v.groups, heads_kv))
+    mask = None if v.mask is None else tensor(batch, length, kind=v.mask)
+    options = ("visible", "max") if v.mask is not None else ("none", "mean")
+    scores = key_scores.plan(
+        query, key, tensor(batch, heads_kv * v.groups, length), mask, mask, tensor(*shape), v.is_causal, 0, dim**-0.5,
+        *options,
+    )  # fmt: skip
+    index, order = (tensor(batch, heads_kv, n, kind=torch.int64) for n in (kept, length))
+    kept_key, starts = tensor(batch, heads_kv, kept, dim, kind=dtype), tensor(*shape[:2], kept + 1, kind=torch.int64)
+    nearest = compress_kv.plan_nearest(key, kept_key, index, tensor(*shape, kind=torch.int64), tensor(*shape))
+    merge = compress_kv.plan_merge(
+        key, kept_key, order, starts, tensor(*shape), 0.5, tensor(*kept_key.shape, kind=dtype)
+    )
+    return [scores, nearest, merge]
 
 
 def source(launch: Launch) -> ASTSource:
@@ -219,7 +249,7 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS, help="[%(default)s]")
+    parser.add_argument("--variants", nargs="+", default=["plain", "cache"], choices=VARIANTS, help="[%(default)s]")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped CLIP on OpenMoji drawings: few-shot, base-to-new and a change of style, zero-shot and learned prompts.
 
-``python -m bench.tune_openmoji --json FILE --png FILE``. Training is as published (`fastprompt.recipes.dassl`). Every
-record is one run; those of the same model that the file holds already are not run again.
+``python -m bench.tune_openmoji --json FILE --png FILE``. Prompts learn from drawings in colour, which the CLIP was
+pretrained on, or from outlines, a style that it never saw. Training is as published (`fastprompt.recipes.dassl`).
+Every record is one run; those of the same model that the file holds already are not run again.
 """
 
 from __future__ import annotations
@@ -25,26 +26,30 @@ import torch
 import fastprompt
 from fastprompt.cli_clip import EVAL_BATCH, Learned
 from fastprompt.data import DecodedImages
-from fastprompt.data.openmoji import class_part
+from fastprompt.data.openmoji import Style, class_part
 from fastprompt.hf.openmoji_clip import FOLDER, WEIGHTS
 from fastprompt.tuning import TuneConfig, evaluate, tune
 from fastprompt.tuning.clips import ClipTask
 
 SEEDS, SHOTS = (1, 2, 3), (1, 2, 4, 8, 16)
+STYLES: dict[Style, Style] = {"colour": "outline", "outline": "colour"}
+"""Styles to learn from and to test on, each with the other one."""
 ZERO = "zero-shot"
 RECIPES = {"CoOp": fastprompt.CoOp(), "CoCoOp": fastprompt.CoCoOp(), "MaPLe": fastprompt.MaPLe()}
 METHODS = (ZERO, *RECIPES)
 COLOURS = {ZERO: "#777777", "CoOp": "#d98a5b", "CoCoOp": "#7b6fb0", "MaPLe": "#2f7f8f"}
 
-#: Method, classes of the training, shots, seed.
-Key = tuple[str, str, int, int]
+#: Method, style and classes of the training, shots, seed.
+Key = tuple[str, Style, str, int, int]
+Rows = dict[Key, dict[str, Any]]
 
 
 def keys() -> list[Key]:
     """Every run, the longest first, so that processes finish together."""
     shots = {"all": SHOTS, "base": SHOTS[-1:]}
-    trained = [(m, part, n, s) for part in shots for n in shots[part] for s in SEEDS for m in RECIPES]
-    return [*sorted(trained, key=lambda key: -key[2]), *((ZERO, part, 0, 0) for part in shots)]
+    kinds = [(style, part) for style in STYLES for part in shots]
+    trained = [(m, *kind, n, s) for kind in kinds for n in shots[kind[1]] for s in SEEDS for m in RECIPES]
+    return [*sorted(trained, key=lambda key: -key[3]), *((ZERO, *kind, 0, 0) for kind in kinds)]
 
 
 @cache
@@ -53,8 +58,8 @@ def model_digest() -> str:
 
 
 @cache
-def task_of(seed: int, style: str = "colour") -> ClipTask:
-    return ClipTask(shots=SHOTS[-1], seed=seed, style=style)
+def task_of(seed: int, style: Style = "colour") -> ClipTask:
+    return ClipTask(shots=SHOTS[-1], seed=seed, style=style, train_style=style)
 
 
 @cache
@@ -64,13 +69,13 @@ def loaded() -> tuple[Any, Any, Any]:
 
 
 @cache
-def training(seed: int) -> DecodedImages:
+def training(seed: int, style: Style) -> DecodedImages:
     clip, _, images = loaded()
-    return task_of(seed).training(images, clip)
+    return task_of(seed, style).training(images, clip)
 
 
 @cache
-def testing(style: str) -> DecodedImages:
+def testing(style: Style) -> DecodedImages:
     clip, _, images = loaded()
     return task_of(0, style).evaluation(images, clip)
 
@@ -95,24 +100,32 @@ def accuracy(clf: Any, images: DecodedImages) -> float:
 
 def measure(key: Key) -> dict[str, Any]:
     """One run: train, and the accuracy on what it is for."""
-    method, part, shots, seed = key
+    method, style, part, shots, seed = key
     began = time.perf_counter()
     recipe = RECIPES.get(method, fastprompt.ZeroShot())
-    test = chosen(testing("colour"), part)
+    test = chosen(testing(style), part)
     torch.manual_seed(seed)
     clf = classifier(recipe, test.classes)
-    row: dict[str, Any] = {"method": method, "part": part, "shots": shots, "seed": seed, "recipe": repr(recipe)}
-    row |= {"trainable": clf.num_trainable, "classes": len(test.classes), "evaluation_images": len(test)}
+    row: dict[str, Any] = {"method": method, "style": style, "part": part, "shots": shots, "seed": seed}
+    row |= {
+        "recipe": repr(recipe),
+        "trainable": clf.num_trainable,
+        "classes": len(test.classes),
+        "evaluation_images": len(test),
+    }
     if shots:
         config = TuneConfig(**recipe.published(shots), seed=seed)
-        result = tune(clf, Learned(clf), chosen(training(seed), part, shots), None, config=config, progress=False)
+        result = tune(
+            clf, Learned(clf), chosen(training(seed, style), part, shots), None, config=config, progress=False
+        )
         row |= {"steps": result.steps, "batch_size": config.batch_size, "lr": config.lr, "epochs": config.epochs}
-    row["accuracy"] = {"base" if part == "base" else "colour": accuracy(clf, test)}
+    row["accuracy"] = {"base" if part == "base" else style: accuracy(clf, test)}
     if part == "all" and shots in (0, SHOTS[-1]):
-        row["accuracy"]["outline"] = accuracy(clf, testing("outline"))
+        other = STYLES[style]
+        row["accuracy"][other] = accuracy(clf, testing(other))
     clf.detach()
     if part == "base":
-        new = chosen(testing("colour"), "new")
+        new = chosen(testing(style), "new")
         moved = classifier(recipe, new.classes)
         moved.learner.load_state_dict(clf.learner.state_dict())
         row["accuracy"]["new"] = accuracy(moved, new)
@@ -120,7 +133,7 @@ def measure(key: Key) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - began, 1), "model": model_digest(), "torch": torch.__version__}
 
 
-def read(results: Path) -> dict[Key, dict[str, Any]]:
+def read(results: Path) -> Rows:
     """The rows of a results file; a torn last line is left out."""
     found = {}
     for line in results.read_text().splitlines() if results.exists() else ():
@@ -128,13 +141,14 @@ def read(results: Path) -> dict[Key, dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             break
-        found[row["method"], row["part"], row["shots"], row["seed"]] = row
+        found[row["method"], row["style"], row["part"], row["shots"], row["seed"]] = row
     return found
 
 
-def _points(rows: dict[Key, dict[str, Any]], method: str, part: str, shots: int, name: str) -> list[float]:
+def _points(rows: Rows, method: str, style: Style, part: str, shots: int, name: str) -> list[float]:
     """Per cent of every seed."""
-    found = [r for key, r in sorted(rows.items()) if key[:3] == (method, part, shots if method != ZERO else 0)]
+    kind = (method, style, part, shots if method != ZERO else 0)
+    found = [row for key, row in sorted(rows.items()) if key[:4] == kind]
     if name == "H":
         pairs = [(r["accuracy"]["base"], r["accuracy"]["new"]) for r in found]
         return [200 * base * new / (base + new) for base, new in pairs]
@@ -146,58 +160,66 @@ def _cell(points: list[float]) -> str:
     return f"{statistics.mean(points):.1f}{spread}"
 
 
+def _tables(rows: Rows, style: Style) -> list[str]:
+    """Accuracy by shots; and base-to-new and the change of style."""
+    most, other = SHOTS[-1], STYLES[style]
+    lines = [f"| {style}: shots a class | 0 | {' | '.join(map(str, SHOTS))} |", "|---" * (len(SHOTS) + 2) + "|"]
+    zero = _cell(_points(rows, ZERO, style, "all", 0, style))
+    lines.append(f"| {ZERO} | {zero} |{'  |' * len(SHOTS)}")
+    for method in RECIPES:
+        lines.append(
+            f"| {method} |  | {' | '.join(_cell(_points(rows, method, style, 'all', n, style)) for n in SHOTS)} |"
+        )
+    columns = (("base", "base"), ("base", "new"), ("base", "H"), ("all", style), ("all", other))
+    lines += ["", f"| {style}: {most} shots | base classes | new classes | harmonic mean | all classes | in {other} |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for method in METHODS:
+        cells = [_cell(_points(rows, method, style, part, most, name)) for part, name in columns]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
 def table(results: Path) -> str:
     """The Markdown tables of a results file: per cent, mean and standard deviation over the seeds."""
     rows, most = read(results), SHOTS[-1]
-    first, base = rows[ZERO, "all", 0, 0], rows[ZERO, "base", 0, 0]
-    used = {m: next(r for key, r in rows.items() if key[0] == m and key[2] == most) for m in RECIPES}
-    batches = ", ".join(f"{m} {r['batch_size']}" for m, r in used.items())
+    first, base = rows[ZERO, "colour", "all", 0, 0], rows[ZERO, "colour", "base", 0, 0]
+    used = {m: next(r for key, r in rows.items() if key[0] == m and key[3] == most) for m in RECIPES}
+    about = ", ".join(f"{m} {r['trainable']:,} and {r['batch_size']}" for m, r in used.items())
+    seeds = len({key[4] for key in rows if key[3]})
     lines = [
-        f"| shots a class | 0 | {' | '.join(map(str, SHOTS))} | trained numbers |",
-        "|---" * (len(SHOTS) + 3) + "|",
-    ]
-    for method in METHODS:
-        cells = [_cell(_points(rows, method, "all", n, "colour")) for n in SHOTS] if method in used else []
-        cells = ["", *cells] if cells else [_cell(_points(rows, method, "all", 0, "colour")), *[""] * len(SHOTS)]
-        lines.append(f"| {method} | {' | '.join(cells)} | {used.get(method, first)['trainable']:,} |")
-    columns = (("base", "base"), ("base", "new"), ("base", "H"), ("all", "colour"), ("all", "outline"))
-    lines += ["", f"| {most} shots | base classes | new classes | harmonic mean | all, colour | all, outline |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
-    for method in METHODS:
-        cells = [_cell(_points(rows, method, part, most, name)) for part, name in columns]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    seeds = len({key[3] for key in rows if key[2]})
-    return "\n".join([
         f"Accuracy in %, mean ± standard deviation over {seeds} seeds, on {first['evaluation_images']} drawings of "
         f"{first['classes']} classes that pretraining did not see (chance: {100 / first['classes']:.1f}; "
-        f"{base['classes']} base classes). Training as published (images a step: {batches}), without random crops.",
-        "", *lines,
-    ])  # fmt: skip
+        f"{base['classes']} base classes). Training as published, without random crops (trained numbers and images a "
+        f"step: {about})."
+    ]
+    return "\n".join([*lines, *(line for style in STYLES for line in ("", *_tables(rows, style)))])
 
 
 def plot(results: Path, png: Path) -> None:
-    """Accuracy over shots: mean and spread of every method."""
+    """Accuracy over shots in each style: mean and spread of every method."""
     from matplotlib.figure import Figure
 
     rows = read(results)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    zero = _points(rows, ZERO, "all", 0, "colour")[0]
-    axes.axhline(zero, color=COLOURS[ZERO], lw=1.5, ls="--", label=f"{ZERO} ({zero:.1f})")
-    for shift, method in zip((-0.04, 0.0, 0.04), RECIPES, strict=True):
-        points = [_points(rows, method, "all", n, "colour") for n in SHOTS]
-        means = [statistics.mean(p) for p in points]
-        spreads = [statistics.stdev(p) if len(p) > 1 else 0 for p in points]
-        xs = [index + shift for index in range(len(SHOTS))]
-        axes.errorbar(xs, means, spreads, color=COLOURS[method], marker="o", ms=5, lw=2, capsize=3,
-                      label=f"{method} ({means[-1]:.1f} at {SHOTS[-1]})")  # fmt: skip
-    axes.set_xticks(range(len(SHOTS)), [str(n) for n in SHOTS])
-    axes.set(xlabel="training drawings a class", ylabel="accuracy (%): mean and standard deviation")
-    axes.set_title("Learned prompts of the shipped CLIP on OpenMoji drawings that it never saw", fontsize=10)
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    titles = {"colour": "in colour, as pretrained", "outline": "outlines, never seen in pretraining"}
+    for axes, style in zip(figure.subplots(1, len(STYLES)), STYLES, strict=True):
+        zero = _points(rows, ZERO, style, "all", 0, style)[0]
+        axes.axhline(zero, color=COLOURS[ZERO], lw=1.5, ls="--", label=f"{ZERO} ({zero:.1f})")
+        for shift, method in zip((-0.04, 0.0, 0.04), RECIPES, strict=True):
+            points = [_points(rows, method, style, "all", n, style) for n in SHOTS]
+            means = [statistics.mean(p) for p in points]
+            spreads = [statistics.stdev(p) if len(p) > 1 else 0 for p in points]
+            xs = [index + shift for index in range(len(SHOTS))]
+            axes.errorbar(xs, means, spreads, color=COLOURS[method], marker="o", ms=5, lw=2, capsize=3,
+                          label=f"{method} ({means[-1]:.1f} at {SHOTS[-1]})")  # fmt: skip
+        axes.set_xticks(range(len(SHOTS)), [str(n) for n in SHOTS])
+        axes.set(xlabel="training drawings a class", ylabel="accuracy (%)")
+        axes.set_title(titles[style], fontsize=10)
+        axes.grid(axis="y", color="#dddddd", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle("Learned prompts of the shipped CLIP on OpenMoji drawings that it never saw", fontsize=11)
     figure.savefig(png, dpi=150)
 
 
@@ -224,7 +246,8 @@ def run() -> int:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in row["accuracy"].items())
-                what = f"{row['method']}, {row['part']} classes, {row['shots']} shots, seed {row['seed']}"
+                what = f"{row['method']}, {row['style']}, {row['part']} classes"
+                what += f", {row['shots']} shots, seed {row['seed']}"
                 print(f"{count}/{len(left)} {what}: {shown} ({row['seconds']:.0f} s)", flush=True)
         finally:
             for future in futures:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fastprompt.tuning.clips import ClipTask
 
 _TASK: dict[str, Any] = {
-    "model": "openmoji-clip", "data": "openmoji", "classes": "all", "class_names": None, "templates": None,
-    "image_size": None, "no_image_cache": None, "batch_size": None,
+    "model": "openmoji-clip", "data": "openmoji", "classes": "all", "style": "colour", "class_names": None,
+    "templates": None, "image_size": None, "no_image_cache": None, "batch_size": None,
 }  # fmt: skip
 # What is left out is as published: the recipe says it.
 _TRAINED = _TASK | dict.fromkeys(SETTINGS)
@@ -64,6 +64,8 @@ class ClipJob(Job):
         group.add_argument("--templates", type=Path, metavar="FILE", help="texts with {} for the class name, one a "
                            "line, for the zero-shot accuracy ['a photo of a {}.']")  # fmt: skip
         group.add_argument("--classes", choices=("all", "base", "new"), help="base, new: every other class [all]")
+        group.add_argument("--style", choices=("colour", "outline"), help="OpenMoji's drawings, of training and "
+                           "evaluation [colour]")  # fmt: skip
         group.add_argument("--no-image-cache", action="store_true", default=None,
                            help="encode images again in every epoch")  # fmt: skip
 
@@ -79,7 +81,8 @@ class ClipJob(Job):
         chosen |= {name: _lines(name, file) for name, file in given.items() if file is not None}
         task = ClipTask(
             shots=args.shots, eval_size=args.eval_size, part=args.classes, image_size=args.image_size, seed=args.seed,
-            cache_images=not args.no_image_cache, cache_dir=args.cache_dir, **chosen,
+            style=args.style, train_style=args.style, cache_images=not args.no_image_cache, cache_dir=args.cache_dir,
+            **chosen,
         )  # fmt: skip
         recipe = cls.name_recipe(args, check_templates(task.templates))
         state = {status.asset.name: status.state for status in assets.status(cache_dir=args.cache_dir)}

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import compare, plot, report, roofline, rows, run, tables
 from bench.case import CannotRun, Case, Provider, attention_work, difference
-from bench.cases import coop_text
+from bench.cases import coop_text, key_scores
 from bench.measure import FAILED, OOM, WRONG, attempt, interleave, summary, too_large, wall_clock
 from bench.published_clip import activation_bytes
 from bench.run import build, grid, main, measure, names
@@ -23,6 +23,7 @@ TINY = {
     "cocoop_step": {"batch": 3, "classes": 5, "layers": 2, "width": 128, "vocab": 1200, "pixels": 32},
     "coop_text": {"classes": 7, "context": 5, "layers": 2, "width": 128, "vocab": 1200},
     "cpu_candidates": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
+    "key_scores": {"tokens": 70, "heads": 4, "heads_kv": 2, "dim": 16},
     "maple_step": {"classes": 5, "depth": 2, "layers": 3, "width": 128, "vocab": 1200, "pixels": 32},
     "prefix_step": {"batch": 2, "tokens": 7, "prompts": 5, "layers": 2, "width": 72, "vocab": 31},
     "prompt_attention": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
@@ -59,6 +60,16 @@ def agreed(case):
 
 def test_every_case_has_a_tiny_version():
     assert set(TINY) == set(names())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_key_scores_agree_with_the_matrix(dtype, monkeypatch):
+    monkeypatch.setattr(key_scores, "CHUNK", 32)
+    case = build("key_scores", "cpu", TINY["key_scores"] | {"dtype": dtype})
+    compared, reasons = agreed(case)
+    assert {"eager", "chunked", "fastprompt", "fastprompt/reference"} <= compared
+    assert set(case.providers) - compared - set(reasons) == {"flash"}
+    case.providers["flash"].build()()
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])

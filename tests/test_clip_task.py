@@ -233,6 +233,8 @@ def test_unknown_recipes_and_options_of_other_runs_are_refused(files, tmp_path, 
     assert stop.value.code == 2 and "'coop'" in capsys.readouterr().err
     out = tmp_path / "run"
     assert main(arguments(files, out, "zeroshot")) == 0
+    assert main([*arguments(files, tmp_path / "other", "zeroshot"), "--style", "outline"]) == 1
+    assert "only openmoji is drawn in styles" in capsys.readouterr().err
     assert main(["eval", str(out), "--style", "outline", "--device", "cpu"]) == 1
     assert "only openmoji is drawn in styles" in capsys.readouterr().err
     run = run_of(out)
@@ -319,7 +321,9 @@ def test_openmoji_task_has_parts_and_styles():
     assert train.classes == tuple(data.classes[i] for i in base) and len(train) == len(base)
     assert train.pixel_values.shape[1:] == (3, 16, 16)
     colour = task.evaluation(data, model)
-    drawn = ClipTask(shots=1, part="base", image_size=16, style="outline").evaluation(data, model)
+    outlines = ClipTask(shots=1, part="base", image_size=16, style="outline", train_style="outline")
+    assert not torch.equal(outlines.training(data, model).pixel_values, train.pixel_values)
+    drawn = outlines.evaluation(data, model)
     assert torch.equal(colour.labels, drawn.labels) and not torch.equal(colour.pixel_values, drawn.pixel_values)
     assert task.assets == ("clip-bpe", "openmoji", "emoji-names")
 

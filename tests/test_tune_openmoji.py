@@ -3,7 +3,6 @@
 
 import json
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import pytest
 import tiny_clips
@@ -30,7 +29,7 @@ def tiny(monkeypatch):
     """The protocol on a tiny CLIP, noise, two seeds and one or two shots."""
     clip = tiny_clips.clip()
     monkeypatch.setattr(tune_openmoji, "loaded", lambda: (clip, tiny_clips.tokenizer(), None))
-    monkeypatch.setattr(tune_openmoji, "training", lambda seed: images(2, seed))
+    monkeypatch.setattr(tune_openmoji, "training", lambda seed, style: images(2, seed + len(style)))
     monkeypatch.setattr(tune_openmoji, "testing", lambda style: images(3, 10 + len(style)))
     monkeypatch.setattr(tune_openmoji, "model_digest", lambda: "tiny")
     monkeypatch.setattr(tune_openmoji, "SEEDS", (1, 2))
@@ -44,10 +43,12 @@ def tiny(monkeypatch):
 
 def test_every_run_is_named_once():
     keys = tune_openmoji.keys()
-    assert len(keys) == len(set(keys)) == 3 * 3 * (5 + 1) + 2
-    assert keys[0][2] == 16 and [key for key in keys if key[0] == "zero-shot"] == [
-        ("zero-shot", "all", 0, 0),
-        ("zero-shot", "base", 0, 0),
+    assert len(keys) == len(set(keys)) == 2 * (3 * 3 * (5 + 1) + 2)
+    assert keys[0][3] == 16 and [key for key in keys if key[0] == "zero-shot"] == [
+        ("zero-shot", "colour", "all", 0, 0),
+        ("zero-shot", "colour", "base", 0, 0),
+        ("zero-shot", "outline", "all", 0, 0),
+        ("zero-shot", "outline", "base", 0, 0),
     ]
 
 
@@ -61,15 +62,16 @@ def test_a_part_of_the_classes_is_labelled_anew_and_shots_are_taken_from_the_fro
 
 @pytest.mark.parametrize("method", ["CoOp", "CoCoOp", "MaPLe"])
 def test_a_run_measures_base_and_new_with_the_same_prompt(tiny, method):
-    row = tune_openmoji.measure((method, "base", 2, 1))
+    row = tune_openmoji.measure((method, "outline", "base", 2, 1))
     assert set(row["accuracy"]) == {"base", "new"} and row["evaluation_images"] == 6
     assert row["steps"] == -(-4 // row["batch_size"]) and row["trainable"] > 0
     assert prompted_layers(choose_tower(tiny, "vision").attentions) == 0
-    assert tune_openmoji.measure((method, "base", 2, 1))["accuracy"] == row["accuracy"]
+    assert tune_openmoji.measure((method, "outline", "base", 2, 1))["accuracy"] == row["accuracy"]
 
 
-def test_zero_shot_is_that_of_the_templates(tiny):
-    row = tune_openmoji.measure(("zero-shot", "all", 0, 0))
+@pytest.mark.parametrize("trained", ["colour", "outline"])
+def test_zero_shot_is_that_of_the_templates(tiny, trained):
+    row = tune_openmoji.measure(("zero-shot", trained, "all", 0, 0))
     clf = fastprompt.CLIPClassifier(tiny, tiny_clips.tokenizer(), CLASSES, fastprompt.ZeroShot())
     for style in ("colour", "outline"):
         expected = evaluate(clf, tune_openmoji.testing(style), batch_size=4, progress=False).accuracy
@@ -102,10 +104,10 @@ def test_the_protocol_goes_on_from_a_torn_file(tiny, tmp_path, monkeypatch, caps
     monkeypatch.setattr(tune_openmoji, "ProcessPoolExecutor", Here)
     monkeypatch.setattr("sys.argv", ["tune_openmoji", "--json", str(file), "--png", str(png)])
     assert tune_openmoji.run() == 0
-    assert sorted(ran) == sorted(tune_openmoji.keys()) and len(ran) == 2 * 3 * 3 + 2
+    assert sorted(ran) == sorted(tune_openmoji.keys()) and len(ran) == 2 * (2 * 3 * 3 + 2)
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     whole, shown = tune_openmoji.read(file), capsys.readouterr().out
-    assert "| CoCoOp |" in shown and "(images a step: CoOp 32, CoCoOp 1, MaPLe 4)" in shown
+    assert "| CoCoOp |" in shown and "| colour: shots a class | 0 | 1 | 2 |" in shown
     lines = file.read_text().splitlines()
     other = json.dumps(json.loads(lines[1]) | {"model": "another"})
     file.write_text("\n".join([lines[0], other, *lines[3:], lines[2][:40]]))
@@ -119,13 +121,16 @@ def test_the_protocol_goes_on_from_a_torn_file(tiny, tmp_path, monkeypatch, caps
 
 def test_table(tmp_path):
     file, rows = tmp_path / "results.jsonl", []
-    for method, part, shots, seed in tune_openmoji.keys():
-        accuracy = {"base": 0.6, "new": 0.3} if part == "base" else {"colour": 0.4 + 0.01 * seed, "outline": 0.2}
-        about = SimpleNamespace(method=method, part=part, shots=shots, seed=seed, accuracy=accuracy, batch_size=32)
-        rows.append(vars(about) | {"trainable": 7, "classes": 31, "evaluation_images": 394})
+    for method, style, part, shots, seed in tune_openmoji.keys():
+        whole = {style: 0.4 + 0.01 * seed, tune_openmoji.STYLES[style]: 0.2 if style == "colour" else 0.5}
+        about = {"method": method, "style": style, "part": part, "shots": shots, "seed": seed, "batch_size": 32}
+        about |= {"accuracy": {"base": 0.6, "new": 0.3} if part == "base" else whole}
+        rows.append(about | {"trainable": 7, "classes": 31, "evaluation_images": 394})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = tune_openmoji.table(file).splitlines()
-    assert "| zero-shot | 40.0 |  |  |  |  |  | 7 |" in lines
-    assert "| CoOp |  | 42.0 ± 1.0 | 42.0 ± 1.0 | 42.0 ± 1.0 | 42.0 ± 1.0 | 42.0 ± 1.0 | 7 |" in lines
+    assert lines.count("| zero-shot | 40.0 |  |  |  |  |  |") == 2
+    assert lines.count("| CoOp |  | 42.0 ± 1.0 | 42.0 ± 1.0 | 42.0 ± 1.0 | 42.0 ± 1.0 | 42.0 ± 1.0 |") == 2
     assert "| MaPLe | 60.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 42.0 ± 1.0 | 20.0 ± 0.0 |" in lines
+    assert "| MaPLe | 60.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 42.0 ± 1.0 | 50.0 ± 0.0 |" in lines
     assert "on 394 drawings of 31 classes" in lines[0] and "over 3 seeds" in lines[0]
+    assert "CoOp 7 and 32, CoCoOp 7 and 32" in lines[0]

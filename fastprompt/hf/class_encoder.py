@@ -21,6 +21,9 @@ SHARES = ("all", "image", "none")
 #: Bytes of text activations kept alive at once where no chunk is asked for; above it classes go in chunks.
 TEXT_MEMORY = 2 << 30
 
+#: Chunks that are laid out ahead, since torch.compile cannot trace their making; more are made when first needed.
+LAID_OUT = 64
+
 _CONTEXTS = {"all": "one context for all classes", "image": "one context an image", "none": "one context a class"}
 
 
@@ -76,9 +79,12 @@ class ClassEncoder(nn.Module):
             found = [[i - c * length if i < 0 else i for i in ids] for c, ids in enumerate(found)]
         self._sequences = found
         self._prefix = shared_length(found) if self.share != "none" else 0
-        # Made here for one context, since torch.compile cannot trace it; the chunks of many are made when seen.
-        for tracked in (True, False):
-            self.chunks(1, tracked)
+        if self.class_chunk is not None:
+            self._at_a_time(self.class_chunk)
+        parts = 1
+        while parts <= min(LAID_OUT, 2 * len(found) - 1):
+            self._at_a_time(-(-len(found) // parts))
+            parts *= 2
 
     def _checked_share(self, recipe: Any, share: str | None) -> str:
         if share is not None and share not in SHARES:
@@ -113,7 +119,11 @@ class ClassEncoder(nn.Module):
         # Without a backward pass one layer's activations are alive at a time.
         bytes_a_row = self.tower.bytes_a_row() // (1 if tracked else len(self.tower.layers))
         needed = groups * sum(len(s) - self._prefix for s in self._sequences) * bytes_a_row
-        return self._at_a_time(-(-len(self.classnames) // max(-(-needed // TEXT_MEMORY), 1)))
+        parts = 1
+        # Powers of two, so that few layouts serve every number of contexts.
+        while parts * TEXT_MEMORY < needed and parts < len(self.classnames):
+            parts *= 2
+        return self._at_a_time(-(-len(self.classnames) // parts))
 
     def _at_a_time(self, size: int) -> list[Packing]:
         if str(size) not in self._packings:
@@ -132,7 +142,8 @@ class ClassEncoder(nn.Module):
         tracked = torch.is_grad_enabled() and context.requires_grad
         packings = self.chunks(len(context), tracked)
         parts = [recomputed(tracked and len(packings) > 1, self.encode, p, context, deep) for p in packings]
-        return torch.cat(parts, dim=1)
+        # Never of one part: torch.compile drops that copy and lets the backward pass write to what the caller holds.
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def template_features(self, templates: Sequence[str]) -> Tensor:
         """Unit means ``[C,D]`` of the unit features of every class in each template."""

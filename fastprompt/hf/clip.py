@@ -176,32 +176,32 @@ class TextTower:
         return len(self.layers) * (6 * self.width + kept * hidden) * self.text.final_layer_norm.weight.element_size()
 
     def _find_causality(self) -> bool:
-        """Run one text both ways: the tower must agree with the model on its last row, causally or not."""
+        """Whether a text's first row ignores its last token; the tower must agree with the model on the last row."""
         ids = [i % self.vocabulary for i in range(3, 3 + min(8, self.limit))]
+        other = [*ids[:-1], (ids[-1] + 1) % self.vocabulary]
         weight = self.text.embeddings.token_embedding.weight
-        texts = torch.tensor([ids], device=weight.device)
+        texts = torch.tensor([ids, other], device=weight.device)
+        # Eager attention takes its softmax in float32, whatever the weights are.
+        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
         projection, modes = self.projection, {m: m.training for m in self.text.modules()}
-        differences = {}
         try:
             self.text.eval()
             self.projection = None
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                want = self.text(input_ids=texts).last_hidden_state[0, -1].float()
-                for causal in (True, False):
-                    packing = Packing([ids], shared_length([ids]) if causal else 0, causal).to(weight.device)
-                    differences[causal] = float((self.encode(packing)[0].float() - want).abs().max())
+                rows = self.text(input_ids=texts).last_hidden_state.float()
+                causal = bool((rows[0, 0] - rows[1, 0]).abs().max() <= eps * rows.abs().max())
+                packing = Packing([ids], shared_length([ids]) if causal else 0, causal).to(weight.device)
+                want = rows[0, -1]
+                difference = float((self.encode(packing)[0].float() - want).abs().max())
         finally:
             self.projection = projection
             for module, training in modes.items():
                 module.training = training
-        causal = differences[True] <= differences[False]
-        # Eager attention takes its softmax in float32, whatever the weights are.
-        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
         bound = 64 * eps * len(self.layers) * float(want.abs().max())
-        if not differences[causal] <= bound:
+        if not difference <= bound:
             raise UnsupportedModelError(
                 f"clip: the parts of {type(self.text).__name__} give other rows than the model (difference "
-                f"{differences[causal]:.3g}, expected at most {bound:.3g}); prompts attached to its text tower, or "
+                f"{difference:.3g}, expected at most {bound:.3g}); prompts attached to its text tower, or "
                 "layers that do more than CLIP's, cannot be packed"
             )
         return causal

@@ -25,7 +25,7 @@ IMPLS = ("auto", "reference", "triton", "cpp")
 BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
 
 #: The operations that have a Triton kernel, and the head sizes those take.
-TRITON_OPS = ("prompt_attention", "prompt_attention_varlen")
+TRITON_OPS = ("compress_kv", "key_scores", "prompt_attention", "prompt_attention_varlen")
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 
 #: Looked up once: every call asks, and a search of the path would cost more than a small attention.

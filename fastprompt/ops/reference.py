@@ -99,3 +99,114 @@ def prompt_attention_varlen(
     query, key, value = (x[padded].transpose(1, 2) for x in (query, key, value))
     out, lse = prompt_attention(query, key, value, prompt_key, prompt_value, prompt_index, mask, is_causal, scale)
     return out[sequence, :, offset], lse[sequence, :, offset]
+
+
+def key_scores(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    query_start: int,
+    scale: float,
+    normalize: str,
+    group_reduce: str,
+) -> Tensor:
+    """Column sums of the attention matrix, written out."""
+    tq, tk, heads_kv = query.shape[2], key.shape[2], key.shape[1]
+    seen = torch.ones(1, 1, tq, tk, dtype=torch.bool, device=query.device)
+    seen[:, :, :query_start] = False
+    if is_causal:
+        seen = seen.tril(tk - tq)
+    if query_mask is not None:
+        seen = seen & query_mask[:, None, :, None]
+    keys = key.to(lse.dtype).repeat_interleave(query.shape[1] // heads_kv, dim=1)
+    scores = scale * (query.to(lse.dtype) @ keys.transpose(-1, -2))
+    live = seen & (lse != -torch.inf).unsqueeze(-1)
+    sums = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~live, 0.0).sum(dim=2)
+    if normalize == "visible":
+        sums = sums / seen.sum(dim=2).clamp(min=1)
+    sums = sums.unflatten(1, (heads_kv, query.shape[1] // heads_kv))
+    found = sums.amax(dim=2) if group_reduce == "max" else getattr(sums, group_reduce)(dim=2)
+    return found if key_mask is None else found.masked_fill(~key_mask.unsqueeze(1), 0.0)
+
+
+def select_keys(
+    scores: Tensor, slots: int, budget: Tensor | None, protect: Tensor | None, recent: int, valid: Tensor | None
+) -> Tensor:
+    """Positions ``[B,Hkv,slots]`` of the keys to keep, ascending; -1 behind those of a head that keeps fewer."""
+    length = scores.shape[2]
+    valid = torch.ones_like(scores[:, 0], dtype=torch.bool) if valid is None else valid
+    tier = torch.full(valid.shape, 2, device=scores.device)
+    if protect is not None:
+        tier = tier.masked_fill(protect, 1)
+    tier = tier.masked_fill(~valid, 3).unsqueeze(1).expand(scores.shape)
+    # A budget below `recent` keeps the last of those.
+    room = torch.full(scores.shape[:2], slots, device=scores.device) if budget is None else budget
+    last = valid.flip(-1).cumsum(-1).flip(-1).unsqueeze(1) <= room.clamp(max=recent).unsqueeze(-1)
+    tier = tier.masked_fill(last & valid.unsqueeze(1), 0)
+    # By tier, then score, then position: stable sorts by the last criterion first. No sentinel is added to a score.
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(2, tier.gather(2, order).argsort(dim=-1, stable=True))[..., :slots]
+    here = (torch.arange(slots, device=scores.device) < room.unsqueeze(-1)) & (tier.gather(2, order) < 3)
+    index = order.masked_fill(~here, length).sort(dim=-1).values
+    return index.masked_fill(index == length, -1)
+
+
+def gather_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values at ``index``; zeros where it is -1."""
+    rows, empty = index.clamp(min=0).unsqueeze(-1), (index < 0).unsqueeze(-1)
+    kept = (x.gather(2, rows.expand(-1, -1, -1, x.shape[-1])).masked_fill(empty, 0.0) for x in (key, value))
+    return next(kept), next(kept)
+
+
+def evicted(index: Tensor, length: int, valid: Tensor | None) -> Tensor:
+    """Bool ``[B,Hkv,Tk]``: valid keys that are not kept, in heads that keep any."""
+    left = torch.ones(*index.shape[:2], length + 1, dtype=torch.bool, device=index.device)
+    left = left.scatter(2, index.where(index >= 0, length), False)[..., :length] & (index >= 0).any(-1, keepdim=True)
+    return left if valid is None else left & valid.unsqueeze(1)
+
+
+#: Similarities alive at once (elements).
+SIMILARITIES = 1 << 22
+
+
+def nearest_survivor(key: Tensor, kept_key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """For every key the slot of its most cosine-similar survivor, and the similarity."""
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    rows, columns = (torch.nn.functional.normalize(x.to(dtype), dim=-1) for x in (key, kept_key))
+    empty = (index < 0).unsqueeze(-2)
+    step = max(1, SIMILARITIES // max(1, index.numel()))
+    found = []
+    for part in rows.split(step, dim=2):
+        found.append((part @ columns.transpose(-1, -2)).masked_fill(empty, -torch.inf).max(dim=-1))
+    return torch.cat([f.indices for f in found], dim=2), torch.cat([f.values for f in found], dim=2)
+
+
+def merge_kv(
+    key: Tensor, value: Tensor, index: Tensor, merge: str, merge_keys: bool, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The kept keys and values, with evicted pairs merged into them."""
+    kept_key, kept_value = gather_kv(key, value, index)
+    if merge == "drop" or not index.shape[2]:
+        return kept_key, kept_value
+    leaving = evicted(index, key.shape[2], valid)
+    survivor, similarity = nearest_survivor(key, kept_key, index)
+    weight = similarity if merge == "weighted" else torch.full_like(similarity, 0.5 if merge == "pivot" else 1.0)
+    weight = weight.where(leaving, 0.0)
+    # One row axis for all heads; a pair that stays adds 0 to some survivor.
+    first = index.shape[2] * torch.arange(index[..., 0].numel(), device=key.device).view(*index.shape[:2], 1)
+    target = (survivor + first).flatten()
+    count = weight.new_zeros(index.numel()).index_add(0, target, leaving.flatten().to(weight.dtype))
+    count = count.view(*index.shape, 1)
+
+    def merged(x: Tensor, kept: Tensor) -> Tensor:
+        sums = weight.new_zeros(index.numel(), x.shape[-1])
+        # What is not merged may be anything, NaN in padding too.
+        rows = (weight.unsqueeze(-1) * x).masked_fill(~leaving.unsqueeze(-1), 0.0)
+        sums = sums.index_add(0, target, rows.flatten(0, 2)).view(kept.shape)
+        own = 1 + count / 2 if merge == "pivot" else 1
+        return ((own * kept + sums) / (count + 1)).to(x.dtype)
+
+    return merged(key, kept_key) if merge_keys else kept_key, merged(value, kept_value)

@@ -29,6 +29,7 @@ class ClipTask:
         eval_size: Evaluation images of a folder, balanced over all classes; None is all of the rest.
         part: ``"all"`` classes, or every other one: ``"base"`` and ``"new"``.
         style: Of OpenMoji's evaluation drawings: ``"colour"`` or ``"outline"``.
+        train_style: Of its training drawings.
         templates: Texts with ``{}`` for the class name, for the zero-shot accuracy; several are an ensemble.
         class_names: Names in the order of the sorted class folders, or ``folder=name`` each; none takes the folders'.
         image_size: Pixels a side; None is what the model says.
@@ -47,6 +48,7 @@ class ClipTask:
     eval_size: int | None = None
     part: Part = "all"
     style: Style = "colour"
+    train_style: Style = "colour"
     templates: Sequence[str] = ("a photo of a {}.",)
     class_names: Sequence[str] = ()
     image_size: int | None = None
@@ -61,8 +63,10 @@ class ClipTask:
             raise ValueError(
                 f"eval_size: got {self.eval_size} with data='openmoji', whose test drawings are fixed; leave it out"
             )
-        if self.data != OPENMOJI and self.style != "colour":
-            raise ValueError(f"style: got {self.style!r} with data={self.data!r}; only openmoji is drawn in styles")
+        for name in ("style", "train_style"):
+            style = getattr(self, name)
+            if self.data != OPENMOJI and style != "colour":
+                raise ValueError(f"{name}: got {style!r} with data={self.data!r}; only openmoji is drawn in styles")
 
     @property
     def assets(self) -> tuple[str, ...]:
@@ -125,9 +129,9 @@ class ClipTask:
         return tuple(names[label] for label in class_part(names, self.part))
 
     def training(self, images: OpenMoji | ImageFolder, model: Any) -> DecodedImages:
-        """Training images of the part, decoded once at the size that the model sees; drawings are in colour."""
+        """Training images of the part, decoded once at the size that the model sees."""
         if isinstance(images, OpenMoji):
-            return self._decode(images.few_shot(self.shots, self.seed), images, model, "colour")
+            return self._decode(images.few_shot(self.shots, self.seed), images, model, self.train_style)
         return self._decode(few_shot(images, self.shots, self.seed, self.eval_size)[0], images, model)
 
     def evaluation(self, images: OpenMoji | ImageFolder, model: Any, *, whole: bool = False) -> DecodedImages:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`compress_kv` in Triton: the search for the most similar survivor, and sums over each survivor's evicted pairs.
+
+The search keeps a running best, so no matrix of similarities exists. Evicted pairs are sorted by survivor (by the
+caller), so each survivor sums its own run, in order: no atomics, and results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .configs import Config, padded
+from .launch import INTERPRET, Launch, upcast
+from .prompt_attention import strides, tiles
+from .tiles import SIZES, load_rows, load_tile, matmul_input, split
+
+# As torch.nn.functional.normalize has it.
+EPSILON = tl.constexpr(1e-12)
+
+
+@triton.jit
+def inverse_norm(x):
+    """1 / norm of every row, in float32."""
+    wide = x.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), EPSILON)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def nearest_kernel(
+    key, kept, index, survivor, similarity, sk, sc, si, so, heads_kv, tiles, length, count,
+    UPCAST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The best survivor of BLOCK_M keys of one head: ties go to the lowest slot."""
+    tile, kv, b = split(tl.program_id(0), tiles, heads_kv)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < length
+    k = matmul_input(load_tile(key + b * sk[0] + kv * sk[1], rows, live, sk[2], sk[3], D, BLOCK_D), UPCAST)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    slot = tl.zeros([BLOCK_M], tl.int32)
+    for n in range(0, count, BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        there = cols < count
+        there = there & (load_rows(index + b * si[0] + kv * si[1], cols, there, si[2], -1) >= 0)
+        c = matmul_input(load_tile(kept + b * sc[0] + kv * sc[1], cols, there, sc[2], sc[3], D, BLOCK_D), UPCAST)
+        scores = tl.dot(k, c.T, input_precision="ieee") * inverse_norm(c)[None, :]
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        peak = tl.max(scores, 1)
+        where = n + tl.argmax(scores, 1, tie_break_left=True)
+        slot = tl.where(peak > best, where, slot)
+        best = tl.maximum(best, peak)
+    at = b * so[0] + kv * so[1] + rows.to(tl.int64) * so[2]
+    tl.store(survivor + at, slot.to(tl.int64), mask=live)
+    tl.store(similarity + at, best * inverse_norm(k), mask=live)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def merge_kernel(
+    x, kept, order, starts, weight, merged, sx, sc, sp, ss, sw, so, heads_kv, kept_count, half,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One survivor: (own share of itself + the weighted sum of its run) / (length of the run + 1)."""
+    slot, kv, b = split(tl.program_id(0), kept_count, heads_kv)
+    x += b * sx[0] + kv * sx[1]
+    order += b * sp[0] + kv * sp[1]
+    weight += b * sw[0] + kv * sw[1]
+    starts += b * ss[0] + kv * ss[1] + slot * ss[2]
+    begin = tl.load(starts).to(tl.int32)
+    end = tl.load(starts + ss[2]).to(tl.int32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for n in range(begin, end, BLOCK_M):
+        places = n + tl.arange(0, BLOCK_M)
+        live = places < end
+        rows = load_rows(order, places, live, sp[2], 0)
+        share = load_rows(weight, rows, live, sw[2], 0.0)
+        total += tl.sum(share[:, None] * load_tile(x, rows, live, sx[2], sx[3], D, BLOCK_D).to(tl.float32), 0)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    own = tl.load(kept + b * sc[0] + kv * sc[1] + slot * sc[2] + columns * sc[3], mask=inside, other=0.0)
+    count = (end - begin).to(tl.float32)
+    total = (own.to(tl.float32) * (1.0 + half * count) + total) / (count + 1.0)
+    address = merged + b * so[0] + kv * so[1] + slot * so[2] + columns * so[3]
+    tl.store(address, total.to(merged.dtype.element_ty), mask=inside)
+
+
+def nearest_survivor(key: Tensor, kept_key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots ``[B,Hkv,Tk]`` int64 and similarities float32."""
+    survivor = torch.empty(key.shape[:3], dtype=torch.int64, device=key.device)
+    similarity = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
+    plan_nearest(key, kept_key, index, survivor, similarity).run()
+    return survivor, similarity
+
+
+def merge_evicted(x: Tensor, kept: Tensor, order: Tensor, starts: Tensor, weight: Tensor, half: float) -> Tensor:
+    """Survivors ``[B,Hkv,K,D]`` with their runs merged into them."""
+    merged = torch.empty_like(kept)
+    plan_merge(x, kept, order, starts, weight, half, merged).run()
+    return merged
+
+
+def plan_nearest(key: Tensor, kept_key: Tensor, index: Tensor, survivor: Tensor, similarity: Tensor) -> Launch:
+    """The launch of the search."""
+    batch, heads_kv, length, dim = key.shape
+    count = kept_key.shape[2]
+    if INTERPRET:
+        config = configs.fit(configs.PINNED, length, count)
+    else:
+        config = configs.choose("nearest", key.element_size(), dim, length, count)
+    number = tiles(length, config.rows)
+    arguments = {
+        "key": key, "kept": kept_key, "index": index, "survivor": survivor, "similarity": similarity,
+        "sk": strides(key), "sc": strides(kept_key), "si": strides(index), "so": strides(survivor),
+        "heads_kv": heads_kv, "tiles": number, "length": length, "count": count,
+    }  # fmt: skip
+    constants = {
+        "UPCAST": upcast(key.dtype), "D": dim, "BLOCK_D": padded(dim), "BLOCK_M": config.rows, "BLOCK_N": config.keys,
+    }  # fmt: skip
+    return Launch(nearest_kernel, number * heads_kv * batch, arguments, constants, config)
+
+
+def plan_merge(
+    x: Tensor, kept: Tensor, order: Tensor, starts: Tensor, weight: Tensor, half: float, merged: Tensor
+) -> Launch:
+    """The launch of the sums."""
+    batch, heads_kv, count, dim = kept.shape
+    config = Config(rows=16, keys=0, warps=2, stages=1)
+    arguments = {
+        "x": x, "kept": kept, "order": order, "starts": starts, "weight": weight, "merged": merged,
+        "sx": strides(x), "sc": strides(kept), "sp": strides(order), "ss": strides(starts), "sw": strides(weight),
+        "so": strides(merged), "heads_kv": heads_kv, "kept_count": count, "half": half,
+    }  # fmt: skip
+    constants = {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": config.rows}
+    return Launch(merge_kernel, count * heads_kv * batch, arguments, constants, config)
