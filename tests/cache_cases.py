@@ -30,7 +30,7 @@ def probabilities(query: Tensor, key: Tensor, valid: Tensor | None = None) -> tu
 def observe(query: Tensor, key: Tensor, value: Tensor, valid=None, text=None, layer: int = 0) -> Observed:
     """All that a policy may read of a layer, from the materialised matrix."""
     attention, lse = probabilities(query, key, valid)
-    sums = attention.sum(dim=2).unflatten(1, (key.shape[1], -1)).mean(dim=2).float()
+    sums = attention.sum(dim=2).unflatten(1, (key.shape[1], -1)).mean(dim=2)
     return Observed(key, value, valid, text, sums, query, lse, query.shape[-1] ** -0.5, layer)
 
 

@@ -24,7 +24,7 @@ class Observed:
         value: ``[B,Hkv,T,D]``.
         valid: bool ``[B,T]``, False at padding; None where nothing is padded.
         text: bool ``[B,T]``, False at tokens that stand for image patches; None where nobody looked.
-        sums: Column sums of the softmax over the prompt's queries, ``[B,Hkv,T]`` float32, the mean over the query heads
+        sums: Column sums of the softmax over the prompt's queries, ``[B,Hkv,T]``, the mean over the query heads
             of a key head; for policies with ``rows = None``.
         query: The last rows of queries, ``[B,Hq,W,D]``, aligned with the last W keys; for policies with ``rows > 0``.
         lse: Their log-sum-exp, ``[B,Hq,W]``.
@@ -74,7 +74,7 @@ class Observed:
         return self.mask & (self.place >= torch.tensor(start, device=self.key.device)[:, None])
 
     def column_sums(self) -> Tensor:
-        """``[B,Hkv,T]`` float32: ``sum_i softmax(s q_i K^T)_j`` over all queries of the prompt.
+        """``[B,Hkv,T]``: ``sum_i softmax(s q_i K^T)_j`` over all queries of the prompt.
 
         Raises:
             ValueError: nobody looked at the queries.
@@ -85,7 +85,7 @@ class Observed:
         return self.sums
 
     def attention_of_last(self, rows: int) -> Tensor:
-        """``[B,Hkv,T]`` float32: the mean attention that a sample's last ``rows`` queries give to every key.
+        """``[B,Hkv,T]``: the mean attention that a sample's last ``rows`` queries give to every key.
 
         Raises:
             ValueError: nobody kept those queries.

@@ -326,7 +326,7 @@ class KeyDiff(_Keep):
         unit = torch.nn.functional.normalize(key, dim=-1)
         # The sum points where the mean does.
         mean = (unit * seen.mask[:, None, :, None]).sum(dim=2, keepdim=True)
-        return -torch.nn.functional.cosine_similarity(key, mean, dim=-1).float()
+        return -torch.nn.functional.cosine_similarity(key, mean, dim=-1)
 
 
 @dataclass(frozen=True)

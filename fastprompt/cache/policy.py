@@ -45,7 +45,7 @@ class Policy:
         return None
 
     def score(self, seen: Observed) -> Tensor:
-        """``[B,Hkv,T]`` float32: keys with the highest stay."""
+        """``[B,Hkv,T]``, in float32 or wider: keys with the highest stay."""
         raise NotImplementedError
 
     def budget(self, seen: Observed) -> list[int] | Tensor:
