@@ -133,3 +133,20 @@ def with_masks(model: PreTrainedModel) -> PreTrainedModel:
     AttentionMaskInterface.register("tests_masked", eager_mask)
     model.set_attn_implementation("tests_masked")
     return model
+
+
+@torch.no_grad()
+def stepwise(model, batch, steps, cache=None, before=lambda: None):
+    """float64 logits of the last prompt token and of ``steps`` given tokens after it; ``before`` runs between them."""
+    generator = torch.Generator().manual_seed(3)
+    given = torch.randint(3, 40, (len(batch["input_ids"]), steps), generator=generator)
+    mask, found = batch["attention_mask"], []
+    out = model(**batch, past_key_values=cache, use_cache=True)
+    for i in range(steps + 1):
+        found.append(out.logits[:, -1])
+        if i == steps:
+            return torch.stack(found), out.past_key_values
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        before()
+        tokens = given[:, i : i + 1]
+        out = model(input_ids=tokens, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
