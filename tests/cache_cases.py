@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Definitions that compression is held against: attention as a matrix, and a full cache whose dropped keys are masked."""
+"""What compression is held against: attention as a matrix, and a full cache whose dropped keys are masked."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Kept:
         return found
 
     def allowed(self, layer: int) -> Tensor:
-        """bool ``[B,Hkv,seen]``: which tokens are still there, merged ones not."""
+        """Bool ``[B,Hkv,seen]``: which tokens are still there, merged ones not."""
         positions = self.positions[layer]
         found = torch.zeros(*positions.shape[:2], self.seen[layer] + 1, dtype=torch.bool)
         # The last slot takes what stands for nothing.

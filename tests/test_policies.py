@@ -8,7 +8,7 @@ import torch
 from cache_cases import observe, probabilities, states
 from torch.nn.functional import avg_pool1d, cosine_similarity, normalize, pad
 
-from fastprompt import TOVA, Decoding, H2O, KeyDiff, LookM, Random, SnapKV, StreamingLLM
+from fastprompt import H2O, TOVA, Decoding, KeyDiff, LookM, Random, SnapKV, StreamingLLM
 from fastprompt.cache import Observed, Policy, compress, suffices
 
 T = 24

@@ -22,8 +22,8 @@ from transformers import (
 
 import fastprompt
 from fastprompt import (
-    AttachError,
     H2O,
+    AttachError,
     KeyDiff,
     LookM,
     PrefixKV,
@@ -130,8 +130,8 @@ def test_an_error_inside_leaves_the_plain_cache_usable(model):
 
 def test_models_without_a_cache():
     vision, t5 = build_tower("ViT"), T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, num_layers=1, d_ff=16))
-    for other, count in ((vision, "no"), (t5, "no"), (build_tower("CLIP"), "no")):
-        with pytest.raises(UnsupportedModelError, match=f"has {count} decoders whose layers have one self-attention"):
+    for other in (vision, t5, build_tower("CLIP")):
+        with pytest.raises(UnsupportedModelError, match="has no decoders whose layers have one self-attention"):
             PromptCache(other, H2O())
     mistral = MistralForCausalLM(MistralConfig(**DECODER, sliding_window=4))
     with (
@@ -168,12 +168,14 @@ def test_policies_and_masks_of_the_wrong_kind(model):
 
 def test_a_prompt_without_an_image():
     model = build("LLaVA, CLIP")
+    batch = inputs("LLaVA, CLIP", model)
+    # Transformers adds hooks in a model's first forward.
+    generate(model, batch)
     with untouched(model):
         with pytest.raises(ValueError, match="holds no image token"), fastprompt.compress(model, LookM()):
             generate(model, prompts())
         with fastprompt.compress(model, LookM(text_prior=False)):
             generate(model, prompts())
-        batch = inputs("LLaVA, CLIP", model)
         with fastprompt.compress(model, LookM()):
             generate(model, batch)
 
@@ -293,5 +295,7 @@ def test_attention_dropout():
     with fastprompt.compress(model, H2O()):
         generate(model, prompts())
         model.train()
-        with pytest.raises(ValueError, match=r"dropout: got 0\.1 at .* or a compressing cache, expected 0\.0; call model"):
+        with pytest.raises(
+            ValueError, match=r"dropout: got 0\.1 at .* or a compressing cache, expected 0\.0; call model"
+        ):
             model(IDS)

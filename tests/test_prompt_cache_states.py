@@ -11,10 +11,9 @@ from tiny_decoders import build
 from tiny_models import assert_close
 from transformers import DynamicCache
 
-from fastprompt import Decoding, H2O, KeyDiff, LookM, PromptCache, SnapKV
+from fastprompt import H2O, Decoding, KeyDiff, LookM, PromptCache, SnapKV
 from fastprompt.hf import cache_layer
 from fastprompt.hf.attention import observe
-
 
 # Observing
 

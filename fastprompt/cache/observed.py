@@ -51,7 +51,7 @@ class Observed:
 
     @cached_property
     def mask(self) -> Tensor:
-        """bool ``[B,T]``: True at keys that are no padding."""
+        """Bool ``[B,T]``: True at keys that are no padding."""
         batch, _, length, _ = self.key.shape
         return self.key.new_ones(batch, length, dtype=torch.bool) if self.valid is None else self.valid
 
@@ -68,7 +68,7 @@ class Observed:
         return self.mask.cumsum(dim=-1) - 1
 
     def last(self, counts: int | list[int]) -> Tensor:
-        """bool ``[B,T]``: True at the last ``counts`` keys of every sample."""
+        """Bool ``[B,T]``: True at the last ``counts`` keys of every sample."""
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else counts
         start = [n - count for n, count in zip(self.lengths, counts, strict=True)]
         return self.mask & (self.place >= torch.tensor(start, device=self.key.device)[:, None])

@@ -21,8 +21,8 @@ def _check_share(name: str, value: float, low: int = 1) -> None:
     good = value >= low if isinstance(value, int) else 0 < value <= 1 or (not low and value == 0)
     if not good:
         raise ValueError(
-            f"{name}: got {value!r}, expected a share of the prompt in {'(' if low else '['}0, 1] (a float) or a number "
-            f"of keys >= {low} (an int)"
+            f"{name}: got {value!r}, expected a share of the prompt in {'(' if low else '['}0, 1] (a float) or a "
+            f"number of keys >= {low} (an int)"
         )
 
 
@@ -99,8 +99,8 @@ class LookM(_Heavy):
         merge: What becomes of evicted pairs, as in ``fastprompt.ops.compress_kv``: ``"drop"``, ``"average"``,
             ``"pivot"`` (the paper's choice) or ``"weighted"``.
         text_prior: Text ranks before images. A prompt without an image is an error then.
-        overflow: What a prompt with more text than budget does: ``"keep"`` keeps all text, as published, ``"cap"`` keeps
-            the budget.
+        overflow: What a prompt with more text than budget does: ``"keep"`` keeps all text, as published, ``"cap"``
+            keeps the budget.
         merge_keys: False merges values alone and leaves rotated keys as they are.
 
     Example:
@@ -151,8 +151,8 @@ class LookM(_Heavy):
 
     def _text(self, seen: Observed) -> Tensor:
         if seen.text is None:
-            raise ValueError("text: got None, but text_prior=True ranks text before images; say which keys are text, or "
-                             "use text_prior=False")  # fmt: skip
+            raise ValueError("text: got None, but text_prior=True ranks text before images; say which keys are text, "
+                             "or use text_prior=False")  # fmt: skip
         if bool(seen.text.all()):
             raise ValueError("text: the prompt holds no image token, so text_prior=True would keep all of it; use "
                              "text_prior=False for prompts without images, or pass image_mask")  # fmt: skip

@@ -13,9 +13,9 @@ from fastprompt.ops import compress_kv
 
 
 class Policy:
-    """A rule that ranks the keys of a layer and says how many of them stay; a frozen dataclass whose repr is its config.
+    """A rule that ranks the keys of a layer and says how many of them stay.
 
-    To write one, inherit, and give `score` and `budget`; the rest has defaults. Scores order the keys of one key head;
+    A frozen dataclass whose repr is its config. To write one, inherit, and give `score` and `budget`; the rest has defaults. Scores order the keys of one key head;
     they are never compared between heads or samples.
     """
 
@@ -53,7 +53,7 @@ class Policy:
         raise NotImplementedError
 
     def protect(self, seen: Observed) -> Tensor | None:
-        """bool ``[B,T]``: keys that stay before all others, as far as the budget goes."""
+        """Bool ``[B,T]``: keys that stay before all others, as far as the budget goes."""
         return None
 
 
@@ -65,9 +65,7 @@ def suffices(budget: list[int] | Tensor, seen: Observed) -> bool:
     return all(b >= n for b, n in zip(budget, seen.lengths, strict=True))
 
 
-def compress(
-    policy: Policy, seen: Observed, budget: list[int] | Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def compress(policy: Policy, seen: Observed, budget: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Keep what a policy keeps of one layer.
 
     Args:
@@ -131,8 +129,8 @@ class Decoding(Policy):
             raise ValueError(f"policy: got {self.policy!r}, which compresses during decoding already")
         if self.policy.rows is None:
             raise ValueError(
-                f"policy: {type(self.policy).__name__} ranks keys by all queries of the prompt, which nobody has during "
-                "decoding; use one that reads none (StreamingLLM, KeyDiff) or the last ones (SnapKV, TOVA)"
+                f"policy: {type(self.policy).__name__} ranks keys by all queries of the prompt, which nobody has "
+                "during decoding; use one that reads none (StreamingLLM, KeyDiff) or the last ones (SnapKV, TOVA)"
             )
 
     @property

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
 
 from fastprompt.cache import Policy
-from fastprompt.errors import AttachError, UnsupportedModelError
+from fastprompt.errors import AttachError
 from fastprompt.hf.cache_layer import CompressedLayer, Tokens
 from fastprompt.hf.switch import engage, image_tokens
 
@@ -42,7 +42,7 @@ class PromptCache(Cache):
     Args:
         model: Any transformers decoder or multimodal model; its forward, not that of a part, must be called.
         policy: What to keep, e.g. ``fastprompt.LookM()``.
-        image_mask: bool ``[B,T]``, True at image tokens of the prompt; None finds them by the ids in the model's config.
+        image_mask: bool ``[B,T]``, True at image tokens of the prompt; None finds them by the model's config.
 
     Raises:
         TypeError: wrong model, policy or mask.
@@ -71,7 +71,7 @@ class PromptCache(Cache):
         self._finalizer.atexit = False
         try:
             self._tokens = Tokens()
-            super().__init__(layers=self._make_layers(model))
+            super().__init__(layers=self._make_layers())
         except BaseException:
             self.close()
             raise
@@ -79,18 +79,12 @@ class PromptCache(Cache):
         self._image_tokens = image_tokens(model)
         self._settled = False
 
-    def _make_layers(self, model: PreTrainedModel) -> list:
-        types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-        if "full_attention" not in types:
-            raise UnsupportedModelError(
-                f"model: the decoder of {type(model).__name__} has {', '.join(sorted(set(types)))} layers alone, whose "
-                "cache does not grow with the prompt; there is nothing to compress"
-            )
+    def _make_layers(self) -> list:
         return [
             CompressedLayer(i, self.policy, self._tokens)
             if kind == "full_attention"
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
-            for i, (kind, given) in enumerate(zip(types, options, strict=True))
+            for i, (kind, given) in enumerate(self.switch.layers)
         ]
 
     @property
@@ -227,7 +221,7 @@ def check_policy(model: PreTrainedModel, policy: Policy, image_mask: Tensor | No
 
 
 def _valid(given: Mapping[str, Any], batch: int, seen: int, rows: int) -> Tensor | None:
-    """bool ``[B,rows]`` of the new tokens, False at padding; None where nothing is padded."""
+    """Bool ``[B,rows]`` of the new tokens, False at padding; None where nothing is padded."""
     mask = given.get("attention_mask")
     if mask is None:
         return None

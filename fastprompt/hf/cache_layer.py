@@ -78,8 +78,8 @@ class CompressedLayer(DynamicLayer):
     """Keys and values of one full-attention layer under a policy.
 
     Until `settle`, all states are kept and returned; attention hands over the queries that the policy reads. After it,
-    what the policy keeps lies in a buffer ``[B,Hkv,capacity,D]`` in which new states are written in place. Positions are
-    never changed: `get_seq_length` is the number of tokens seen.
+    what the policy keeps lies in a buffer ``[B,Hkv,capacity,D]`` in which new states are written in place. Positions
+    are never changed: `get_seq_length` is the number of tokens seen.
     """
 
     is_compileable = False

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fastprompt.errors import AttachError, UnsupportedModelError
 from fastprompt.hf.attention import NAME, register
@@ -29,12 +30,14 @@ class Switch:
     Attributes:
         model: The model.
         decoder: The tower whose keys and values are cached.
+        layers: The type and options of the cache of each of its layers, as transformers names them.
         make: Gives a forward without a compressing cache one; None leaves it alone.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.decoder = _decoder(model)
+        self.layers = _layers(model)
         self.make: Callable[[Mapping[str, Any]], Any] | None = None
         self.holders = 0
         self._names = list(inspect.signature(model.forward).parameters)
@@ -107,14 +110,23 @@ def _decoder(model: PreTrainedModel) -> Tower:
     """The only text tower that takes a cache."""
     towers = [] if getattr(model.config, "is_encoder_decoder", False) else find_towers(model)
     found = [
-        t
-        for t in towers
-        if t.kind == "text" and "past_key_values" in inspect.signature(t.module.forward).parameters
+        t for t in towers if t.kind == "text" and "past_key_values" in inspect.signature(t.module.forward).parameters
     ]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"model: {type(model).__name__} has {len(found) or 'no'} decoders whose layers have one self-attention each "
-            "that goes through transformers' attention interface and takes past_key_values, expected 1; encoders and "
+            f"model: {type(model).__name__} has {len(found) or 'no'} decoders whose layers have one self-attention "
+            "each that goes through transformers' attention interface and takes past_key_values, expected 1; encoders and "
             "encoder-decoder models have no cache to compress"
         )
     return found[0]
+
+
+def _layers(model: PreTrainedModel) -> list[tuple[str, dict]]:
+    """What kind of cache every layer of the decoder needs."""
+    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    if "full_attention" not in types:
+        raise UnsupportedModelError(
+            f"model: the decoder of {type(model).__name__} has {', '.join(sorted(set(types)))} layers alone, whose cache "
+            "does not grow with the prompt; there is nothing to compress"
+        )
+    return list(zip(types, options, strict=True))
