@@ -15,8 +15,8 @@ from fastprompt.ops import compress_kv
 class Policy:
     """A rule that ranks the keys of a layer and says how many of them stay.
 
-    A frozen dataclass whose repr is its config. To write one, inherit, and give `score` and `budget`; the rest has defaults. Scores order the keys of one key head;
-    they are never compared between heads or samples.
+    A frozen dataclass whose repr is its config. To write one, inherit, and give `score` and `budget`; the rest has
+    defaults. Scores order the keys of one key head; they are never compared between heads or samples.
     """
 
     @property

@@ -127,14 +127,14 @@ class PromptCache(Cache):
 
     def _expanded(self, mask: Tensor) -> Tensor:
         """The mask of images for every sample; beams and returned sequences repeat the batch."""
-        batch = next(x.keys.shape[0] for x in self.layers if isinstance(x, CompressedLayer))
+        keys = next(x.keys for x in self.layers if isinstance(x, CompressedLayer))
+        batch = len(keys)
         if mask.shape[1] != self._tokens.length or batch % mask.shape[0]:
             raise ValueError(
                 f"image_mask: got shape {list(mask.shape)}, expected [{batch},{self._tokens.length}], one for every "
                 "token of the prompt"
             )
-        device = next(x.keys.device for x in self.layers if isinstance(x, CompressedLayer))
-        return mask.to(device).repeat_interleave(batch // mask.shape[0], dim=0)
+        return mask.to(keys.device).repeat_interleave(batch // mask.shape[0], dim=0)
 
     def close(self) -> None:
         """Put the model's attention back; the cache cannot be used any more. Closing twice is fine."""
@@ -160,7 +160,7 @@ class PromptCache(Cache):
         self._tokens.clear()
         self._settled = False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Give sample i of the batch the states of sample ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         self._tokens.map(lambda x: x.index_select(0, beam_idx.to(x.device)))

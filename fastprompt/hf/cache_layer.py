@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +43,10 @@ class Tokens:
 
     def extend(self, rows: int, valid: Tensor | None, text: Tensor | None) -> None:
         """Take note of the next tokens of the prompt."""
-        if valid is not None or self.valid is not None:
-            some = valid if valid is not None else self.valid
-            old = torch.ones_like(some[:, :1]).expand(-1, self.length) if self.valid is None else self.valid
-            new = torch.ones_like(some[:, :1]).expand(-1, rows) if valid is None else valid
+        some = self.valid if valid is None else valid
+        if some is not None:
+            old = some.new_ones(len(some), self.length) if self.valid is None else self.valid
+            new = some.new_ones(len(some), rows) if valid is None else valid
             self.valid = torch.cat([old, new], dim=1)
         if self.length == 0:
             self.text = text
@@ -84,6 +85,9 @@ class CompressedLayer(DynamicLayer):
 
     is_compileable = False
     is_croppable = False
+    # Tensors once there are tokens.
+    keys: Any
+    values: Any
 
     def __init__(self, index: int, policy: Policy, tokens: Tokens):
         super().__init__()
@@ -264,9 +268,9 @@ class CompressedLayer(DynamicLayer):
         """Write new states behind the others."""
         start, rows = self.physical, key.shape[2]
         if self._buffers is None or start + rows > self._buffers[0].shape[2]:
-            held = (torch.cat([x, new], dim=2) for x, new in ((self.keys, key), (self.values, value)))
             valid = None if self._valid is None else self._valid[:, :, :start]
-            self._store(*held, None if valid is None else torch.nn.functional.pad(valid, (0, rows), value=True))
+            valid = None if valid is None else torch.nn.functional.pad(valid, (0, rows), value=True)
+            self._store(torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2), valid)
         else:
             for buffer, new in zip(self._buffers, (key, value), strict=True):
                 buffer[:, :, start : start + rows] = new

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class Switch:
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Swap in a cache where one is to be made, and tell it what this forward brings."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         owner = getattr(cache, "switch", None)
         if owner is None:
             if self.make is None:
@@ -74,7 +74,7 @@ class Switch:
                 f"past_key_values: got a cache made for another model ({type(owner.model).__name__}), or one that is "
                 f"closed; make one with fastprompt.PromptCache(model, policy) for this {type(model).__name__}"
             )
-        name = self.decoder.module.config._attn_implementation
+        name = cast(PreTrainedModel, self.decoder.module).config._attn_implementation
         if name != NAME:
             raise AttachError(
                 f"model: got attention {name!r} in a decoder whose cache is compressed, expected {NAME!r}; call "
@@ -115,8 +115,8 @@ def _decoder(model: PreTrainedModel) -> Tower:
     if len(found) != 1:
         raise UnsupportedModelError(
             f"model: {type(model).__name__} has {len(found) or 'no'} decoders whose layers have one self-attention "
-            "each that goes through transformers' attention interface and takes past_key_values, expected 1; encoders and "
-            "encoder-decoder models have no cache to compress"
+            "each that goes through transformers' attention interface and takes past_key_values, expected 1; encoders "
+            "and encoder-decoder models have no cache to compress"
         )
     return found[0]
 
@@ -126,7 +126,7 @@ def _layers(model: PreTrainedModel) -> list[tuple[str, dict]]:
     types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     if "full_attention" not in types:
         raise UnsupportedModelError(
-            f"model: the decoder of {type(model).__name__} has {', '.join(sorted(set(types)))} layers alone, whose cache "
-            "does not grow with the prompt; there is nothing to compress"
+            f"model: the decoder of {type(model).__name__} has {', '.join(sorted(set(types)))} layers alone, whose "
+            "cache does not grow with the prompt; there is nothing to compress"
         )
     return list(zip(types, options, strict=True))
