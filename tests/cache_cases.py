@@ -16,14 +16,18 @@ from fastprompt.hf import cache_layer
 from fastprompt.hf.sites import choose_tower
 
 
-def probabilities(query: Tensor, key: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Causal attention ``[B,Hq,T,T]`` and its log-sum-exp, rows of padding zero and -inf."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query.shape[-1] ** -0.5 * query @ key.transpose(-1, -2)
+def probabilities(query: Tensor, key: Tensor, valid: Tensor | None = None, prefix=None) -> tuple[Tensor, Tensor]:
+    """Causal attention ``[B,Hq,T,T]`` and its LSE, rows of padding 0 and -inf; ``prefix`` takes its share."""
+    groups, scale = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5
+    scores = scale * query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     if valid is not None:
         hidden = hidden | ~valid[:, None, None] | ~valid[:, None, :, None]
-    lse = scores.masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
+    all_scores = scores.masked_fill(hidden, -torch.inf)
+    if prefix is not None:
+        first = scale * query @ prefix.repeat_interleave(groups, dim=0).transpose(-1, -2)
+        all_scores = torch.cat([first, all_scores], dim=-1)
+    lse = all_scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp().masked_fill(hidden, 0.0), lse
 
 

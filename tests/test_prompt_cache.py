@@ -75,14 +75,7 @@ def test_a_long_decode_sees_a_full_cache_without_the_dropped_keys(policy, paddin
     recorded, batch = Kept(monkeypatch), prompts(padding)
     monkeypatch.setattr(cache_layer, "ROOM", 5)
     got, cache = stepwise(model, batch, 17, PromptCache(model, policy))
-    other_mask = []
-
-    def mask():
-        if not other_mask:
-            recorded.apply(other)
-            other_mask.append(True)
-
-    want, _ = stepwise(other, batch, 17, before=mask)
+    want, _ = stepwise(other, batch, 17, before=lambda: recorded.apply(other))
     assert_close({"": got}, {"": want})
     assert torch.equal(torch.tensor([cache.get_seq_length(i) for i in range(3)]), torch.tensor([47] * 3))
     budget = policy.budget(SimpleNamespace(lengths=batch["attention_mask"].sum(-1).tolist()))
@@ -121,29 +114,31 @@ def test_chunks_keep_what_the_whole_prompt_keeps(policy, chunk, monkeypatch):
     assert torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("policy", [Decoding(SnapKV(9, window=3), every=4), Decoding(StreamingLLM(0.3), every=5),
-                                    Decoding(KeyDiff(40), every=4)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Decoding(SnapKV(9, window=3), every=4), Decoding(TOVA(0.4), every=3), Decoding(StreamingLLM(0.3), every=5),
+        Decoding(KeyDiff(40), every=4),
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_decoding_returns_to_the_budget(policy, monkeypatch):
     model, other = build("Llama", torch.float64), with_masks(build("Llama", torch.float64))
     recorded, batch, held = Kept(monkeypatch), prompts("left"), []
     cache = PromptCache(model, policy)
-    steps, ours = [], []
+    seen_by = []
 
     def remember():
-        # What is kept when the next token comes is known once it came: `allowed` of the forward before.
-        ours.append({i: recorded.allowed(i) for i in recorded.positions})
+        seen_by.append({i: recorded.allowed(i) for i in recorded.positions})
         held.append(cache.stats()[0].kept)
 
     got, _ = stepwise(model, batch, 25, cache, before=remember)
     remember()
-
-    def mask():
-        steps.append(True)
-        recorded.positions = {}
-        for layer, allowed in ours[len(steps)].items():
-            ALLOWED[choose_tower(other, "text").attentions[layer]] = allowed
-
-    want, _ = stepwise(other, batch, 25, before=mask)
+    # What a token sees is settled in its own forward: the first entry is of the prompt.
+    attentions, later = choose_tower(other, "text").attentions, iter(seen_by[1:])
+    want, _ = stepwise(
+        other, batch, 25, before=lambda: ALLOWED.update({attentions[i]: x for i, x in next(later).items()})
+    )
     assert_close({"": got}, {"": want})
     budget = max(policy.budget(SimpleNamespace(lengths=batch["attention_mask"].sum(-1).tolist())))
     assert max(held[1:]) == budget + policy.every and len(recorded.policies) > 3 * 2
@@ -208,6 +203,27 @@ def test_padding_changes_no_token():
             got = torch.stack([s[i] for s in found.scores])
             want = torch.stack([s[0] for s in alone.scores])
             assert_close({"": got[got.isfinite()]}, {"": want[want.isfinite()]})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("policy", DROPPING, ids=repr)
+def test_every_sample_keeps_what_it_keeps_alone(policy, side, monkeypatch):
+    model, batch = build("Llama", torch.float64), prompts(side)
+    lengths = batch["attention_mask"].sum(-1).tolist()
+
+    def kept(**given):
+        recorded = Kept(monkeypatch)
+        with torch.no_grad():
+            cache = PromptCache(model, policy)
+            model(**given, past_key_values=cache)
+            cache.finalize()
+        return torch.stack([recorded.allowed(i) for i in range(3)])
+
+    found = kept(**batch, position_ids=(batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+    for i, n in enumerate(lengths):
+        place = slice(30 - n, 30) if side == "left" else slice(0, n)
+        alone = kept(input_ids=batch["input_ids"][i : i + 1, place])
+        assert torch.equal(found[:, i, :, place], alone[:, 0])
 
 
 def test_prompts_of_one_token():

@@ -202,7 +202,7 @@ class CompressedLayer(DynamicLayer):
         if self.rows is None:
             self._add_sums(query, lse)
             return
-        kept = min(self.rows, self.since) if self.settled else self.tokens.reach(self.rows)
+        kept = self.rows if self.settled else self.tokens.reach(self.rows)
         self._query, self._lse = (
             _own((new if old is None else torch.cat([old, new], dim=2))[:, :, -kept:].detach())
             for old, new in ((self._query, query), (self._lse, lse))
