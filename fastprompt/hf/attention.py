@@ -35,8 +35,8 @@ class CacheLayer(Protocol):
     """What attention asks of a layer of a compressing cache, and tells it."""
 
     @property
-    def wants_lse(self) -> bool:
-        """The layer reads queries and their log-sum-exp."""
+    def wanted(self) -> int | None:
+        """How many of the last queries, with their log-sum-exp, the layer reads; None for all."""
 
     def mask(self, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask over the keys that the layer holds, which the model does not know."""
@@ -103,12 +103,13 @@ def attention(
         attention_mask = layer.mask(query, attention_mask)
     child = getattr(module, CHILD, None)
     prompt = None if child is None else child.key_value()
-    if prompt is None and not (layer is not None and layer.wants_lse):
+    wanted = 0 if layer is None else layer.wanted
+    if prompt is None and wanted is not None:
         found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         if layer is not None:
-            layer.attended()
+            layer.attended(*_last(query, key, attention_mask, scaling, wanted), scaling)
         return found
     if dropout:
         raise ValueError(
@@ -116,7 +117,7 @@ def attention(
             "model.eval(), or set the attention dropout of the model's config to 0 before the model is built or loaded"
         )
     if prompt is None:
-        prompt = (key.new_empty(key.shape[1], 0, key.shape[3]),) * 2
+        prompt = (_nothing(key),) * 2
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
@@ -127,6 +128,24 @@ def attention(
     if layer is not None:
         layer.attended(query, lse, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _last(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The last queries and their log-sum-exp, in a pass of its own over a few rows."""
+    if not rows:
+        return None, None
+    query, none = query[:, :, -rows:], _nothing(key)
+    mask = None if attention_mask is None else attention_mask[:, :, -rows:]
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "return_lse": True}
+    # Values are read for the output alone, which is not.
+    return query, prompt_attention(query, key, key, none, none, **options)[1]
+
+
+def _nothing(key: Tensor) -> Tensor:
+    """An empty prompt."""
+    return key.new_empty(key.shape[1], 0, key.shape[3])
 
 
 def hand_over(key: Tensor, layer: CacheLayer) -> None:

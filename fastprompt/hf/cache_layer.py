@@ -170,9 +170,11 @@ class CompressedLayer(DynamicLayer):
     # What attention calls
 
     @property
-    def wants_lse(self) -> bool:
-        """The policy still reads queries."""
-        return self.rows != 0 and (not self.settled or self.interval is not None)
+    def wanted(self) -> int | None:
+        """How many of the last queries the policy still reads; None for all."""
+        if self.settled:
+            return self.rows if self.interval is not None else 0
+        return self.tokens.reach(self.rows) if self.rows else self.rows
 
     def mask(self, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask over the keys of this layer: the model's own during the prompt, then this layer's.
@@ -182,7 +184,7 @@ class CompressedLayer(DynamicLayer):
         """
         rows, length = query.shape[2], self.physical
         if not self.settled:
-            if self.wants_lse and attention_mask is not None and self.tokens.causal_until != self.tokens.length:
+            if self.rows != 0 and attention_mask is not None and self.tokens.causal_until != self.tokens.length:
                 self._check_causal(attention_mask.triu(length - rows + 1))
             return attention_mask
         valid = None if self._valid is None else self._valid[:, :, None, :length]
@@ -196,13 +198,13 @@ class CompressedLayer(DynamicLayer):
     def attended(self, query: Tensor | None = None, lse: Tensor | None = None, scale: float | None = None) -> None:
         """Take what the policy reads of the queries ``[B,Hq,Tq,D]`` and their log-sum-exp ``[B,Hq,Tq]``."""
         self._waiting = False
-        if query is None or lse is None or not self.wants_lse:
+        kept = self.wanted
+        if query is None or lse is None or kept == 0:
             return
         self._scale = scale
-        if self.rows is None:
+        if kept is None:
             self._add_sums(query, lse)
             return
-        kept = self.rows if self.settled else self.tokens.reach(self.rows)
         self._query, self._lse = (
             _own((new if old is None else torch.cat([old, new], dim=2))[:, :, -kept:].detach())
             for old, new in ((self._query, query), (self._lse, lse))
