@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _WHERE = {
+    "H2O": "cache.policies",
+    "TOVA": "cache.policies",
     "AssetError": "errors",
     "AttachError": "errors",
     "CLIPClassifier": "recipes.clip_classifier",
@@ -19,15 +21,23 @@ _WHERE = {
     "CoCoOp": "recipes.cocoop",
     "CoOp": "recipes.coop",
     "DataError": "errors",
+    "Decoding": "cache.policy",
     "IVLP": "recipes.ivlp",
     "ImplUnavailableError": "errors",
+    "KeyDiff": "cache.policies",
+    "LookM": "cache.policies",
     "MaPLe": "recipes.maple",
-    "UnsupportedModelError": "errors",
     "PrefixKV": "recipes.prefix_kv",
+    "PromptCache": "hf.cache",
+    "Random": "cache.policies",
+    "SnapKV": "cache.policies",
+    "StreamingLLM": "cache.policies",
+    "UnsupportedModelError": "errors",
     "VPT": "recipes.vpt",
     "ZeroShot": "recipes.zero_shot",
     "attach": "hf.attach",
     "check_finite": "ops.checks",
+    "compress": "hf.compress",
     "explain": "ops.dispatch",
     "load": "recipes.registry",
     "nn": "",
@@ -36,13 +46,16 @@ _WHERE = {
 }
 
 __all__ = [
-    "IVLP", "VPT", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError", "CoCoOp", "CoOp", "DataError",
-    "ImplUnavailableError", "MaPLe", "PrefixKV", "UnsupportedModelError", "ZeroShot", "__version__", "attach",
-    "check_finite", "explain", "load", "nn", "ops", "recipes",
+    "H2O", "IVLP", "TOVA", "VPT", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError", "CoCoOp", "CoOp",
+    "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV", "PromptCache", "Random",
+    "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach", "check_finite", "compress",
+    "explain", "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from fastprompt import nn, ops, recipes
+    from fastprompt.cache.policies import H2O, TOVA, KeyDiff, LookM, Random, SnapKV, StreamingLLM
+    from fastprompt.cache.policy import Decoding
     from fastprompt.errors import (
         AssetError,
         AttachError,
@@ -52,6 +65,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from fastprompt.hf.attach import attach
+    from fastprompt.hf.cache import PromptCache
+    from fastprompt.hf.compress import compress
     from fastprompt.ops.checks import check_finite
     from fastprompt.ops.dispatch import explain
     from fastprompt.recipes.clip_classifier import CLIPClassifier

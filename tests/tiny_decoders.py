@@ -29,6 +29,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -79,6 +81,16 @@ def qwen2_5_vl() -> PreTrainedModel:
     )
 
 
+def qwen3_vl() -> PreTrainedModel:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
+    vision = qwen_vision(hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=64)
+    vision |= {"deepstack_visual_indexes": [0, 1]}
+    text = {k: v for k, v in DECODER.items() if not k.startswith(("bos", "eos"))} | {"head_dim": 8}
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **QWEN_TOKENS)
+    )
+
+
 QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 51, "vision_start_token_id": 52, "vision_end_token_id": 53}
 
 
@@ -106,13 +118,15 @@ MULTIMODAL: dict[str, Callable[[], PreTrainedModel]] = {
     "Idefics3": lambda: idefics(Idefics3ForConditionalGeneration, Idefics3Config),
     "SmolVLM": lambda: idefics(SmolVLMForConditionalGeneration, SmolVLMConfig),
 }
+#: Whose caches are compressed, too.
+CACHED = MULTIMODAL | {"Qwen3-VL": qwen3_vl}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in evaluation mode, with random weights that make attention peaked."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = randomised({**DECODERS, **MULTIMODAL}[name]()).to(dtype)
+        model = randomised({**DECODERS, **CACHED}[name]()).to(dtype)
     if dtype == torch.float64:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):

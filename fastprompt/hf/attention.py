@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,10 +22,27 @@ NAME = "fastprompt"
 #: The child module that carries a layer's prompt, on its attention module.
 CHILD = "fastprompt"
 
+#: The attribute that carries a compressing cache's layer, on the key tensor that it returns.
+LAYER = "fastprompt_layer"
+
 #: What a model may pass that changes the result, and that prompts inside attention do not know.
 CHANGES = ("softcap", "s_aux", "position_bias", "cache")
 
 _observers: list[Callable] = []
+
+
+class CacheLayer(Protocol):
+    """What attention asks of a layer of a compressing cache, and tells it."""
+
+    @property
+    def wants_lse(self) -> bool:
+        """The layer reads queries and their log-sum-exp."""
+
+    def mask(self, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The mask over the keys that the layer holds, which the model does not know."""
+
+    def attended(self, query: Tensor | None = None, lse: Tensor | None = None, scale: float | None = None) -> None:
+        """Attention over the layer's keys ran."""
 
 
 def register() -> None:
@@ -59,7 +77,7 @@ def attention(
     Args:
         module: The attention module; its child `CHILD`, if any, gives this layer's prompt keys and values.
         query: ``[B,Hq,Tq,D]``.
-        key: ``[B,Hkv,Tk,D]``, rotated, from the cache.
+        key: ``[B,Hkv,Tk,D]``, rotated, from the cache; a compressing cache hands its layer over with it.
         value: ``[B,Hkv,Tk,D]``.
         attention_mask: bool or additive ``[B,1,Tq,Tk]`` over instance keys, or None.
         dropout: Must be 0 where prompts are.
@@ -80,24 +98,46 @@ def attention(
         )
     for observer in _observers:
         observer(module, query, key, value)
+    layer = _claim(key)
+    if layer is not None:
+        attention_mask = layer.mask(query, attention_mask)
     child = getattr(module, CHILD, None)
     prompt = None if child is None else child.key_value()
-    if prompt is None:
-        return sdpa_attention_forward(
+    if prompt is None and not (layer is not None and layer.wants_lse):
+        found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
+        if layer is not None:
+            layer.attended()
+        return found
     if dropout:
         raise ValueError(
-            f"dropout: got {dropout} at an attention module with prompts, expected 0.0; set the attention dropout of "
-            "the model's config to 0 before the model is built or loaded"
+            f"dropout: got {dropout} at an attention module with prompts or a compressing cache, expected 0.0; call "
+            "model.eval(), or set the attention dropout of the model's config to 0 before the model is built or loaded"
         )
+    if prompt is None:
+        prompt = (key.new_empty(key.shape[1], 0, key.shape[3]),) * 2
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
         # An empty static cache, filled from the front: what is behind the queries is not written yet.
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
-    out = prompt_attention(query, key, value, *prompt, attn_mask=attention_mask, is_causal=causal, scale=scaling)
-    return cast(Tensor, out).transpose(1, 2).contiguous(), None
+    options: dict[str, Any] = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "return_lse": True}
+    out, lse = cast(tuple[Tensor, Tensor], prompt_attention(query, key, value, *prompt, **options))
+    if layer is not None:
+        layer.attended(query, lse, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def hand_over(key: Tensor, layer: CacheLayer) -> None:
+    """Let the attention function know that this very tensor comes from a layer of a compressing cache."""
+    vars(key)[LAYER] = layer
+
+
+def _claim(key: Tensor) -> CacheLayer | None:
+    """The cache layer that handed this tensor over; once, so that the two do not keep each other alive."""
+    # A compiled model has no compressing cache, and may not look into tensors.
+    return None if torch.compiler.is_compiling() else vars(key).pop(LAYER, None)
 
 
 def dropout_fields(config: object) -> dict[str, float]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What handles hold of a model: configs of modules and flags of parameters, put back when the last handle lets go.
 
-A model may carry a handle a tower. Whichever is detached first, the model stays frozen for the other.
+A model may carry a handle a tower, and compressing caches. Whichever is detached first, the model stays frozen and
+switched for the others.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from transformers import PreTrainedConfig
 
 @dataclass
 class _Hold:
-    """What a module or parameter had before the first handle, and how many handles hold it."""
+    """What a module, parameter or config had before the first handle, and how many handles hold it."""
 
     original: Any
     handles: int = 1
 
 
-# Modules and parameters alike; keys compare by identity and do not keep a model alive.
+# Modules, parameters and configs alike; keys compare by identity and do not keep a model alive.
 _holds = WeakIdKeyDictionary()
 
 
@@ -72,11 +73,11 @@ class Freeze:
 
 
 class OwnConfigs:
-    """One handle's hold on the configs of a model: the model's own copies, so that no other model is affected."""
+    """A hold on the configs of a model: the model's own copies, so that no other model is affected."""
 
     def __init__(self, model: nn.Module):
         self._modules: list[nn.Module] = []
-        self._switched: list[tuple[PreTrainedConfig, str]] = []
+        self._switched: list[PreTrainedConfig] = []
         configs = [(m, vars(m).get("config")) for m in model.modules()]
         found = [(m, c) for m, c in configs if isinstance(c, PreTrainedConfig)]
         # A config that holds another one finds the copy that a module below already has.
@@ -88,16 +89,20 @@ class OwnConfigs:
 
     def switch(self, tower: nn.Module, implementation: str) -> None:
         """Give a tower this attention."""
-        for module in tower.modules():
-            config = vars(module).get("config")
-            if isinstance(config, PreTrainedConfig) and config._attn_implementation != implementation:
-                self._switched.append((config, config._attn_implementation))
-                config._attn_implementation = implementation
+        configs = (vars(module).get("config") for module in tower.modules())
+        self._switched = list({id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values())
+        # All are held before one is set: a config passes its attention on to those below it.
+        for config in self._switched:
+            _hold(config, config._attn_implementation)
+        for config in self._switched:
+            config._attn_implementation = implementation
 
     def release(self) -> None:
         """Put the configs back, or at least the tower's attention where another handle still holds the model."""
-        for config, implementation in self._switched:
-            config._attn_implementation = implementation
+        for config in self._switched:
+            hold = _release(config)
+            if hold is not None:
+                config._attn_implementation = hold.original
         for module in self._modules:
             hold = _release(module)
             if hold is not None:
