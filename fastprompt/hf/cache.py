@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from fastprompt.cache import Policy
 from fastprompt.errors import AttachError
 from fastprompt.hf.cache_layer import CompressedLayer, Tokens
-from fastprompt.hf.switch import engage, image_tokens
+from fastprompt.hf.switch import engage, image_tokens, plain_layers
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,18 @@ class PromptCache(Cache):
         self._finalizer.atexit = False
         try:
             self._tokens = Tokens()
-            super().__init__(layers=self._make_layers())
+            super().__init__(
+                layers=[
+                    CompressedLayer(i, policy, self._tokens) if type(x) is DynamicLayer else x
+                    for i, x in enumerate(plain_layers(model))
+                ]
+            )
         except BaseException:
             self.close()
             raise
         self._image_mask = image_mask
         self._image_tokens = image_tokens(model)
         self._settled = False
-
-    def _make_layers(self) -> list:
-        return [
-            CompressedLayer(i, self.policy, self._tokens)
-            if kind == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
-            for i, (kind, given) in enumerate(self.switch.layers)
-        ]
 
     @property
     def model(self) -> PreTrainedModel:

@@ -279,7 +279,7 @@ class CompressedLayer(DynamicLayer):
             if self._valid is None:
                 batch, _, capacity, _ = self._buffers[0].shape
                 self._valid = torch.ones(batch, 1, capacity, dtype=torch.bool, device=key.device)
-            self._valid[:, :, start : start + rows] = _on(self.tokens.new, key)[:, None]
+            self._valid[:, :, start : start + rows] = self.tokens.new.to(key.device)[:, None]
         self.since += rows
 
     def _show(self, length: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from fastprompt.errors import AttachError, UnsupportedModelError
 from fastprompt.hf.attention import NAME, register
@@ -30,14 +30,13 @@ class Switch:
     Attributes:
         model: The model.
         decoder: The tower whose keys and values are cached.
-        layers: The type and options of the cache of each of its layers, as transformers names them.
         make: Gives a forward without a compressing cache one; None leaves it alone.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.decoder = _decoder(model)
-        self.layers = _layers(model)
+        plain_layers(model)
         self.make: Callable[[Mapping[str, Any]], Any] | None = None
         self.holders = 0
         self._names = list(inspect.signature(model.forward).parameters)
@@ -106,6 +105,21 @@ def image_tokens(model: PreTrainedModel) -> list[int]:
     return sorted(i for i in found if isinstance(i, int))
 
 
+def plain_layers(model: PreTrainedModel) -> list:
+    """The layers of a plain cache of the decoder, at least one of which grows with the prompt (`DynamicLayer`).
+
+    Raises:
+        UnsupportedModelError: none does.
+    """
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    if not any(type(x) is DynamicLayer for x in layers):
+        raise UnsupportedModelError(
+            f"model: the cache of {type(model).__name__} has {', '.join(sorted({type(x).__name__ for x in layers}))} "
+            "alone, which does not grow with the prompt; there is nothing to compress"
+        )
+    return layers
+
+
 def _decoder(model: PreTrainedModel) -> Tower:
     """The only text tower that takes a cache."""
     towers = [] if getattr(model.config, "is_encoder_decoder", False) else find_towers(model)
@@ -119,14 +133,3 @@ def _decoder(model: PreTrainedModel) -> Tower:
             "and encoder-decoder models have no cache to compress"
         )
     return found[0]
-
-
-def _layers(model: PreTrainedModel) -> list[tuple[str, dict]]:
-    """What kind of cache every layer of the decoder needs."""
-    types, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    if "full_attention" not in types:
-        raise UnsupportedModelError(
-            f"model: the decoder of {type(model).__name__} has {', '.join(sorted(set(types)))} layers alone, whose "
-            "cache does not grow with the prompt; there is nothing to compress"
-        )
-    return list(zip(types, options, strict=True))
