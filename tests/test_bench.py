@@ -162,7 +162,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     from bench.cases import vpt_step
 
     honest = vpt_step._kv_concat
-    monkeypatch.setattr(vpt_step, "_kv_concat", lambda *a, **k: 2 * honest(*a, **k))
+    monkeypatch.setattr(vpt_step, "_kv_concat", lambda *a, **k: (2 * honest(*a, **k)[0], None))
     found = measure(build("vpt_step", "cpu", TINY["vpt_step"]), "cpu", 1, lambda name: 0)
     assert found["kv_concat"]["why_not"].startswith("wrong: off by") and list(found["kv_concat"]) == ["why_not"]
     assert found["fastprompt"]["p50_s"] > 0
