@@ -155,6 +155,11 @@ def _points(rows: Rows, method: str, style: Style, part: str, shots: int, name: 
     return [100 * r["accuracy"][name] for r in found]
 
 
+def measured(rows: Rows) -> list[Style]:
+    """The styles of which every run is there."""
+    return [style for style in STYLES if all(key in rows for key in keys() if key[1] == style)]
+
+
 def _cell(points: list[float]) -> str:
     spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
     return f"{statistics.mean(points):.1f}{spread}"
@@ -192,7 +197,7 @@ def table(results: Path) -> str:
         f"{base['classes']} base classes). Training as published, without random crops (trained numbers and images a "
         f"step: {about})."
     ]
-    return "\n".join([*lines, *(line for style in STYLES for line in ("", *_tables(rows, style)))])
+    return "\n".join([*lines, *(line for style in measured(rows) for line in ("", *_tables(rows, style)))])
 
 
 def plot(results: Path, png: Path) -> None:
@@ -200,9 +205,10 @@ def plot(results: Path, png: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read(results)
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    styles = measured(rows)
+    figure = Figure(figsize=(4.75 * len(styles), 4.2), layout="constrained")
     titles = {"colour": "in colour, as pretrained", "outline": "outlines, never seen in pretraining"}
-    for axes, style in zip(figure.subplots(1, len(STYLES)), STYLES, strict=True):
+    for axes, style in zip(figure.subplots(1, len(styles), squeeze=False)[0], styles, strict=True):
         zero = _points(rows, ZERO, style, "all", 0, style)[0]
         axes.axhline(zero, color=COLOURS[ZERO], lw=1.5, ls="--", label=f"{ZERO} ({zero:.1f})")
         for shift, method in zip((-0.04, 0.0, 0.04), RECIPES, strict=True):

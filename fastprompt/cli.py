@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | eval | bench | info | warmup | inspect | assets``."""
+"""The command line: ``fastprompt demo | tune | eval | compress-eval | bench | info | warmup | inspect | assets``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fastprompt
-from fastprompt import cli_tune
+from fastprompt import cli_compress, cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
               "Evaluate a tuned run on its held-out examples, or on others of the same classes.",
               "fastprompt eval runs/photos --data more-photos/")  # fmt: skip
     cli_tune.add_eval_arguments(sub)
+
+    sub = add("compress-eval", cli_compress.command,
+              "What a compressed KV cache still knows of a long prompt: a hidden number, and the loss of real text.",
+              "fastprompt compress-eval --policy lookm snapkv --ratio 0.8 --out runs/compress")  # fmt: skip
+    cli_compress.add_arguments(sub)
 
     sub = add("bench", _bench, "Run a benchmark case of a source checkout; what follows is for python -m bench.run.",
               "fastprompt bench prompt_attention --set prompts=10,50 mode=forward")  # fmt: skip

@@ -63,7 +63,7 @@ def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--save-every", type=int, default=20, help="steps between checkpoints [%(default)s]")
     sub.add_argument("--eval-every", type=int, default=0, help="epochs between evaluations; 0 is at the end only")
     sub.add_argument("--seed", type=int, default=0)
-    _add_device(sub)
+    add_device(sub)
     add_cache_dir(sub)
     for job in JOBS.values():
         job.add_arguments(sub)
@@ -75,7 +75,7 @@ def add_eval_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", help="evaluate on all images of this folder, or texts of this file, instead (same class "
                      "names, but for a CLIP)")  # fmt: skip
     sub.add_argument("--batch-size", type=int, default=32)
-    _add_device(sub)
+    add_device(sub)
     group = sub.add_argument_group("a CLIP: classes and drawings that it was not trained on")
     group.add_argument("--classes", choices=("all", "base", "new"), help="[those of the run; with --data all]")
     group.add_argument("--class-names", type=Path, metavar="FILE", help="as in tune [the folders' names]")
@@ -87,7 +87,8 @@ def add_cache_dir(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cache-dir", help="where assets are kept [~/.cache/fastprompt]")
 
 
-def _add_device(sub: argparse.ArgumentParser) -> None:
+def add_device(sub: argparse.ArgumentParser) -> None:
+    """Declare ``--device``."""
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
 
 
@@ -101,7 +102,7 @@ def tune_command(args: argparse.Namespace) -> None:
     from fastprompt.tuning.images import best_autocast
 
     kind = fill_in(args)
-    device = _device(args.device)
+    device = device_of(args.device)
     autocast = {"auto": best_autocast(device), "off": None}.get(args.autocast, args.autocast)
     job = kind.start(args, autocast, device)
     config = TuneConfig(
@@ -150,7 +151,7 @@ def eval_command(args: argparse.Namespace) -> None:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: damaged ({error!r}), expected what `fastprompt tune` writes") from error
     _refuse_for_others(args, kind)
-    job = kind.restore(task, run, args, _device(args.device))
+    job = kind.restore(task, run, args, device_of(args.device))
     examples, before = job.evaluation(args.data), None
     if job.baseline:
         before = job.without_prompts(examples, args.batch_size)
@@ -225,7 +226,8 @@ def _write_run(job: Job, config: TuneConfig, before: EvalResult | None, result: 
     file.write_text(json.dumps(run, indent=2, default=asdict))
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The device that ``--device`` names."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

@@ -23,8 +23,10 @@ TINY = {
     "cocoop_step": {"batch": 3, "classes": 5, "layers": 2, "width": 128, "vocab": 1200, "pixels": 32},
     "coop_text": {"classes": 7, "context": 5, "layers": 2, "width": 128, "vocab": 1200},
     "cpu_candidates": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
+    "decode": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
     "key_scores": {"tokens": 70, "heads": 4, "heads_kv": 2, "dim": 16},
     "maple_step": {"classes": 5, "depth": 2, "layers": 3, "width": 128, "vocab": 1200, "pixels": 32},
+    "prefill_compress": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
     "prefix_step": {"batch": 2, "tokens": 7, "prompts": 5, "layers": 2, "width": 72, "vocab": 31},
     "prompt_attention": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
     "prompt_attention_varlen": {"classes": 5, "heads": 2, "dim": 16, "prompts": 3},
@@ -70,6 +72,19 @@ def test_key_scores_agree_with_the_matrix(dtype, monkeypatch):
     assert {"eager", "chunked", "fastprompt", "fastprompt/reference"} <= compared
     assert set(case.providers) - compared - set(reasons) == {"flash"}
     case.providers["flash"].build()()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_prefill_is_exact_whatever_is_kept(dtype):
+    case = build("prefill_compress", "cpu", TINY["prefill_compress"] | {"dtype": dtype})
+    assert agreed(case) == (set(case.providers), {})
+
+
+def test_decoding_goes_on_behind_every_cache():
+    case = build("decode", "cpu", TINY["decode"])
+    for provider in case.providers.values():
+        step = provider.build()
+        assert [x.shape for x in step() + step()] == [(1, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
@@ -147,7 +162,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     from bench.cases import vpt_step
 
     honest = vpt_step._kv_concat
-    monkeypatch.setattr(vpt_step, "_kv_concat", lambda *a, **k: 2 * honest(*a, **k))
+    monkeypatch.setattr(vpt_step, "_kv_concat", lambda *a, **k: (2 * honest(*a, **k)[0], None))
     found = measure(build("vpt_step", "cpu", TINY["vpt_step"]), "cpu", 1, lambda name: 0)
     assert found["kv_concat"]["why_not"].startswith("wrong: off by") and list(found["kv_concat"]) == ["why_not"]
     assert found["fastprompt"]["p50_s"] > 0

@@ -134,3 +134,5 @@ def test_table(tmp_path):
     assert "| MaPLe | 60.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 42.0 ± 1.0 | 50.0 ± 0.0 |" in lines
     assert "on 394 drawings of 31 classes" in lines[0] and "over 3 seeds" in lines[0]
     assert "CoOp 7 and 32, CoCoOp 7 and 32" in lines[0]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert "| outline:" not in tune_openmoji.table(file) and "| colour:" in tune_openmoji.table(file)

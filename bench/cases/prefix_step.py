@@ -115,7 +115,7 @@ def build(
     return Case("prefix_step", providers, "floor", lambda: kv_concat(torch.float64)(), 1e-3, params)
 
 
-def _kv_concat(query, key, value, prompt_key, prompt_value, *, attn_mask, is_causal, scale):
+def _kv_concat(query, key, value, prompt_key, prompt_value, *, attn_mask, is_causal, scale, **_):
     """The fair baseline: K_p and V_p copied to every sample in front of its keys; no padding here, so no mask."""
     if attn_mask is not None or not is_causal:
         raise ValueError(f"attn_mask, is_causal: got {attn_mask} and {is_causal}, expected None and True")
@@ -124,4 +124,5 @@ def _kv_concat(query, key, value, prompt_key, prompt_value, *, attn_mask, is_cau
         for prompt, instance in ((prompt_key, key), (prompt_value, value))
     )
     mask = causal_lower_right(query.shape[2], keys.shape[2])
-    return nn.functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
+    # The log-sum-exp is for compressing caches; there is none.
+    return nn.functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True), None

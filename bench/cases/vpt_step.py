@@ -90,10 +90,11 @@ def build(device: str, batch: int = 16, prompts: int = 100, layers: int = 12, th
     return Case("vpt_step", providers, "published", lambda: published(autocast=False)(), 1e-4, params)
 
 
-def _kv_concat(query, key, value, prompt_key, prompt_value, *, attn_mask, is_causal, scale):
+def _kv_concat(query, key, value, prompt_key, prompt_value, *, attn_mask, is_causal, scale, **_):
     """The fair baseline: K_p and V_p once a step, concatenated to every sample's keys."""
     keys, values = (
         torch.cat([prompt.expand(len(key), -1, -1, -1), instance], dim=2)
         for prompt, instance in ((prompt_key, key), (prompt_value, value))
     )
-    return nn.functional.scaled_dot_product_attention(query, keys, values, scale=scale)
+    # The log-sum-exp is for compressing caches; there is none.
+    return nn.functional.scaled_dot_product_attention(query, keys, values, scale=scale), None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -66,26 +65,13 @@ class TextTask:
 
     def build_model(self, classes: tuple[str, ...], dtype: torch.dtype = torch.float32) -> LabelScorer:
         """The language model, which scores the words of ``classes``."""
+        from fastprompt.hf.language_models import load_language_model
         from fastprompt.hf.texts import LabelScorer
 
         template = self.template or TEMPLATES.get(self.data, TEMPLATE)
         words = self.label_words(classes)
-        if self.model == "smollm2-135m":
-            from fastprompt.data import assets
-            from fastprompt.hf.smollm2 import load_smollm2
-
-            lm, tokenizer = load_smollm2(assets.entry("smollm2-135m", cache_dir=self.cache_dir), dtype=dtype)
-            return LabelScorer(lm, tokenizer, template, words)
-        if not Path(self.model, "config.json").is_file():
-            raise FileNotFoundError(
-                f"model: got {self.model!r}, expected 'smollm2-135m' or a local folder with a config.json and a "
-                "tokenizer as save_pretrained writes them"
-            )
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.model, local_files_only=True)
-        lm = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype, local_files_only=True)
-        return LabelScorer(lm.eval(), tokenizer, template, words)
+        lm, tokenizer = load_language_model(self.model, dtype=dtype, cache_dir=self.cache_dir)
+        return LabelScorer(lm, tokenizer, template, words)
 
     def split(self, scorer: LabelScorer) -> tuple[EncodedTexts, EncodedTexts]:
         """Training and evaluation texts as token ids."""
