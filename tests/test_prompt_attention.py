@@ -226,6 +226,13 @@ def test_extreme_scales(dtype, scale, needs):
     check(inputs, *grads_of(inputs, with_lse=False), needs, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, None])
+def test_plain_causal_attention(dtype, scale):
+    """No prompts, no mask, a row for every key, grouped queries."""
+    check(make(dtype, tq=9, tk=9, prompts=0), is_causal=True, scale=scale)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prompts", [0, 2])

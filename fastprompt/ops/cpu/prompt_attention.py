@@ -119,8 +119,9 @@ def forward(
     if batch * heads * tq * dim == 0 or prompts + tk == 0:
         out = query.new_zeros(batch, tq, heads, dim).transpose(1, 2)
         return out, torch.full((batch, heads, tq), -torch.inf, dtype=lse_dtype)
-    if is_causal and attn_mask is None and not prompts and tq == tk:
-        # Plain causal attention: what a mask would only hide is skipped, and no mask of tq * tk is made.
+    if is_causal and attn_mask is None and not prompts and tq == tk and scale:
+        # Plain causal attention: what a mask would only hide is skipped, and no mask of tq * tk is made. (With a scale
+        # of 0 PyTorch's kernel would multiply its own -inf by it.)
         keys = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
         out, lse = _flash(*map(dense_rows, (query, *keys)), is_causal=True, scale=scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2), lse.to(lse_dtype).contiguous()
