@@ -181,6 +181,15 @@ def test_empty_inputs(impl, shape):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads_kv", [1, 2, 4])
+def test_plain_causal_attention(impl, dtype, heads_kv):
+    """As many queries as keys and no prompt: what a decoder runs over a prompt's tokens."""
+    for layout in ("contiguous", "bthd"):
+        check([LAYOUTS[layout](x) for x in make(dtype, tq=9, heads_kv=heads_kv, prompts=0)], impl=impl, is_causal=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_prompts_beside_half_precision(impl, dtype):
     inputs = [*make(dtype)[:3], *make(torch.float32)[3:]]
