@@ -186,7 +186,9 @@ def test_empty_inputs(impl, shape):
 def test_plain_causal_attention(impl, dtype, heads_kv):
     """As many queries as keys and no prompt: what a decoder runs over a prompt's tokens."""
     for layout in ("contiguous", "bthd"):
-        check([LAYOUTS[layout](x) for x in make(dtype, tq=9, heads_kv=heads_kv, prompts=0)], impl=impl, is_causal=True)
+        inputs = [LAYOUTS[layout](x) for x in make(dtype, tq=9, heads_kv=heads_kv, prompts=0)]
+        for scale in (None, 0.0):
+            check(inputs, impl=impl, is_causal=True, scale=scale)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -233,13 +235,6 @@ def test_large_logits_are_as_exact_as_pytorchs_flash(dtype, needs):
 def test_extreme_scales(dtype, scale, needs):
     inputs = make(dtype, tq=40, tk=40, prompts=8, dim=64)
     check(inputs, *grads_of(inputs, with_lse=False), needs, scale=scale)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [0.0, None])
-def test_plain_causal_attention(dtype, scale):
-    """No prompts, no mask, a row for every key, grouped queries."""
-    check(make(dtype, tq=9, tk=9, prompts=0), is_causal=True, scale=scale)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
