@@ -38,7 +38,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the options."""
     sub.add_argument("--model", default="smollm2-135m", help="smollm2-135m (an asset), or a local folder of a causal "
                      "language model [%(default)s]")  # fmt: skip
-    sub.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="[all]")
+    sub.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES),
+                     help="lookm is without its text prior: texts have no images [all]")  # fmt: skip
     sub.add_argument("--ratio", nargs="+", type=float, default=[0.5, 0.8, 0.9], metavar="R",
                      help="share of the keys that goes; 0 is measured for comparison [0.5 0.8 0.9]")  # fmt: skip
     sub.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="a number hidden in filler; the "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import reference
-from fastprompt.ops.checks import check_device, check_dtypes, check_tensor, readable, without_autocast
+from fastprompt.ops.checks import check_device, check_dtypes, check_tensor, without_autocast
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 from fastprompt.ops.key_scores import check_mask
 
@@ -143,7 +143,7 @@ def _slots(budget: int | Tensor, key: Tensor) -> tuple[int, Tensor | None]:
     if not budget.numel():
         return 0, budget
     low, high = (int(x) for x in budget.aminmax())
-    if low < 0 or (high < 1 and readable(budget)):
+    if low < 0 or high < 1:
         raise ValueError(f"budget: got values in [{low}, {high}], expected values >= 0, and one >= 1")
     return high, budget
 
