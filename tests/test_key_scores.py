@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 import fastprompt
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.ops import key_scores, prompt_attention
-from fastprompt.ops.cpu import key_scores as cpu
 
 IMPLS = ("auto", "reference", "triton")
+# Relative error of the exponential in PyTorch's flash attention for bfloat16 on CPU: a polynomial, 64 times finer than
+# bfloat16. Measured at 6e-5 against float64.
+FLASH_EXP = 2**-13
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,6 +78,8 @@ def check(inputs, impl, **kwargs):
     got = to_device(key_scores(*to_device(inputs, device), impl=impl, **to_device(kwargs, device)), "cpu")
     assert got.dtype == inputs[2].dtype and not got.requires_grad
     want, allowed = oracle(*inputs, **kwargs)
+    if impl == "auto" and inputs[0].dtype == torch.bfloat16:
+        allowed = allowed + FLASH_EXP * want
     # Weights that float32 cannot hold are 0.
     wrong = (got.double() - want).abs() - allowed - torch.finfo(torch.float32).tiny
     assert torch.isfinite(got).all() and (wrong <= 0).all(), wrong.max()
@@ -175,11 +179,11 @@ def test_nothing(impl, shape):
     assert got.shape == key.shape[:3] and not got.any()
 
 
-def test_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", 300)
-    inputs = make(tq=41, tk=50)
-    for kwargs in ({}, {"query_start": 7}, {"is_causal": False}):
-        check(inputs, "auto", **kwargs)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_scale_for_any_level(dtype):
+    """On CPU, levels travel as columns that the scale multiplies again."""
+    for scale in (1e-4, 3.0, 50.0):
+        check(make(dtype, tq=21, tk=30, scale=scale), "auto", scale=scale)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -168,8 +168,9 @@ def evicted(index: Tensor, length: int, valid: Tensor | None) -> Tensor:
     return left if valid is None else left & valid.unsqueeze(1)
 
 
-#: Similarities alive at once (elements).
-SIMILARITIES = 1 << 22
+#: Similarities alive at once (elements): few enough for the caches of a CPU, unless that would be too few rows.
+SIMILARITIES = 1 << 19
+LEAST_ROWS = 16
 
 
 def nearest_survivor(key: Tensor, kept_key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,10 +178,10 @@ def nearest_survivor(key: Tensor, kept_key: Tensor, index: Tensor) -> tuple[Tens
     dtype = torch.promote_types(key.dtype, torch.float32)
     rows, columns = (torch.nn.functional.normalize(x.to(dtype), dim=-1) for x in (key, kept_key))
     empty = (index < 0).unsqueeze(-2)
-    step = max(1, SIMILARITIES // max(1, index.numel()))
+    step = max(LEAST_ROWS, SIMILARITIES // max(1, index.numel()))
     found = []
     for part in rows.split(step, dim=2):
-        found.append((part @ columns.transpose(-1, -2)).masked_fill(empty, -torch.inf).max(dim=-1))
+        found.append((part @ columns.transpose(-1, -2)).masked_fill_(empty, -torch.inf).max(dim=-1))
     return torch.cat([f.indices for f in found], dim=2), torch.cat([f.values for f in found], dim=2)
 
 

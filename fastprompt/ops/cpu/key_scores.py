@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`key_scores` on CPU: blocks of rows as batched matrix products in float32, each block small enough for the caches."""
+"""`key_scores` on CPU: one forward pass of PyTorch's flash attention in which queries and keys have changed places.
+
+``log c_j = log sum_i exp(scale * k_j q_i - lse_i)`` is the log-sum-exp of a row of attention whose query is
+``[k_j, 1]`` and whose keys are ``[q_i, -lse_i / scale]``. In reverse order of both, what key j may be seen by is what
+a causal row may see, for any ``Tq`` and ``Tk``.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Scores of one block (elements).
-TILE = 1 << 19
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+# The level of a row that is not counted: exp(scale * LEAST) is 0 for any scale that a softmax has.
+LEAST = -1e30
 
 
 def forward(
@@ -23,50 +30,48 @@ def forward(
     group_reduce: str,
 ) -> Tensor:
     """Scores ``[B,Hkv,Tk]``."""
-    batch, heads, tq, dim = query.shape
+    batch, heads, tq, _ = query.shape
     heads_kv, tk = key.shape[1:3]
     groups = heads // heads_kv
-    sums = lse.new_zeros(batch * heads_kv, groups, tk)
-    if sums.numel() and tq > query_start and dim:
-        # exp(score - inf) = 0: a row that sees nothing, or is not counted.
-        level = lse.masked_fill(lse == -torch.inf, torch.inf)
-        if query_mask is not None:
-            level = level.masked_fill(~query_mask.unsqueeze(1), torch.inf)
-        keys = key.to(lse.dtype).flatten(0, 1).transpose(1, 2)
-        rows = query.unflatten(1, (heads_kv, -1)).flatten(0, 1)
-        _accumulate(sums, rows, keys, level.unflatten(1, (heads_kv, -1)).flatten(0, 1), is_causal, query_start, scale)
+    if query.numel() and key.numel() and tq > query_start:
+        level = lse if query_mask is None else lse.masked_fill(~query_mask.unsqueeze(1), -torch.inf)
+        rows = slice(query_start, None)
+        sums = _sums(query[:, :, rows], key, level[:, :, rows], is_causal, scale)
+    else:
+        sums = lse.new_zeros(batch, heads_kv, groups, tk)
     if normalize == "visible":
         counts = _visible(query_mask, is_causal, query_start, tq, tk, key.device).clamp_(min=1)
-        sums.view(batch, heads_kv, groups, tk).div_(counts[:, None, None])
-    found = sums.amax(dim=1) if group_reduce == "max" else sums.sum(dim=1)
+        sums.div_(counts[:, None, None])
+    found = sums.amax(dim=2) if group_reduce == "max" else sums.sum(dim=2)
     if group_reduce == "mean":
         found /= groups
-    found = found.view(batch, heads_kv, tk)
     return found if key_mask is None else found.masked_fill_(~key_mask.unsqueeze(1), 0.0)
 
 
-def _accumulate(
-    sums: Tensor, query: Tensor, keys: Tensor, level: Tensor, is_causal: bool, query_start: int, scale: float
-) -> None:
-    """Add to ``sums [S,G,Tk]`` what rows of ``query [S,G,Tq,D]`` give; ``keys [S,D,Tk]``, ``level [S,G,Tq]``."""
-    count, groups, tq, _ = query.shape
-    tk = keys.shape[2]
-    offset = tk - tq
-    # A row i sees keys 0..i+offset; rows before see none.
-    first = max(query_start, -offset) if is_causal else query_start
-    while first < tq:
-        last = first + max(1, min(tq - first, TILE // (count * groups * tk)))
-        visible = min(tk, last + offset) if is_causal else tk
-        rows = query[:, :, first:last].to(level.dtype).flatten(1, 2)
-        shift = level[:, :, first:last].flatten(1, 2).unsqueeze(2)
-        scores = torch.baddbmm(shift, rows, keys[:, :, :visible], beta=-1, alpha=scale).exp_()
-        scores = scores.unflatten(1, (groups, last - first))
-        if is_causal:
-            # The block's own diagonal: what is right of it is written over, not multiplied, as it may be infinite.
-            begin = first + offset
-            scores[..., begin:].tril_()
-        sums[..., :visible] += scores.sum(dim=2)
-        first = last
+def _sums(query: Tensor, key: Tensor, level: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """Column sums ``[B,Hkv,G,Tk]`` over the last rows ``query [B,Hq,R,D]``; ``level [B,Hq,R]``, -inf: not counted."""
+    batch, heads_kv, tk, dim = key.shape
+    groups = query.shape[1] // heads_kv
+    if scale == 0:
+        query, scale = torch.zeros_like(query), 1.0
+    dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+    # bfloat16 holds a level in three parts. AMX likes rows of whole 16 bytes.
+    parts, step = (3, 8) if dtype == torch.bfloat16 else (1, 1)
+    width = -(-(dim + parts) // step) * step
+    rows = query.new_zeros(*query.shape[:3], width, dtype=dtype)
+    rows[..., :dim] = query.flip(2)
+    rest = (level.flip(2) / -scale).masked_fill_(level.flip(2).isinf(), LEAST)
+    for column in range(dim, dim + parts):
+        rows[..., column] = rest
+        rest = rest - rows[..., column].to(rest.dtype)
+    keys = key.new_zeros(batch, heads_kv, tk, width, dtype=dtype)
+    keys[..., :dim] = key.flip(2)
+    keys[..., dim : dim + parts] = 1
+    # A key head as the queries of its whole group; the output is not used.
+    keys = keys.flatten(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
+    rows = rows.view(batch * heads_kv, groups, -1, width)
+    sums = _flash(keys, rows, rows, 0.0, is_causal, scale=scale)[1].exp()
+    return sums.view(batch, heads_kv, groups, tk).flip(3)
 
 
 def _visible(
