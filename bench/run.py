@@ -43,11 +43,20 @@ def build(name: str, device: str, params: dict[str, Any], only: list[str] | None
     return case
 
 
-def grid(settings: list[str]) -> Iterator[dict[str, int | str]]:
+def grid(settings: list[str]) -> Iterator[dict[str, int | float | str]]:
     """Every combination of ``["prompts=10,50", "dtype=float32"]``, as keyword arguments."""
     given = [(name, values.split(",")) for name, values in (item.split("=", 1) for item in settings)]
     for values in itertools.product(*(v for _, v in given)):
-        yield {n: int(v) if v.isdigit() else v for (n, _), v in zip(given, values, strict=True)}
+        yield {n: _number(v) for (n, _), v in zip(given, values, strict=True)}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny versions of the benchmark cases, and whether their providers agree."""
+
+from bench.case import difference
+from bench.measure import FAILED, WRONG, attempt
+
+TINY = {
+    "cocoop_step": {"batch": 3, "classes": 5, "layers": 2, "width": 128, "vocab": 1200, "pixels": 32},
+    "coop_text": {"classes": 7, "context": 5, "layers": 2, "width": 128, "vocab": 1200},
+    "cpu_candidates": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
+    "decode": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
+    "key_scores": {"tokens": 70, "heads": 4, "heads_kv": 2, "dim": 16},
+    "maple_step": {"classes": 5, "depth": 2, "layers": 3, "width": 128, "vocab": 1200, "pixels": 32},
+    "prefill_compress": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
+    "prefill_kvpress": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
+    "prefix_step": {"batch": 2, "tokens": 7, "prompts": 5, "layers": 2, "width": 72, "vocab": 31},
+    "prompt_attention": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
+    "prompt_attention_varlen": {"classes": 5, "heads": 2, "dim": 16, "prompts": 3},
+    "vpt_step": {"layers": 2, "batch": 2, "prompts": 3},
+}
+
+
+def agreed(case):
+    """The providers that were compared with the reference, and why the others were not."""
+    want = case.reference()
+    compared, reasons = set(), {}
+    for name, provider in case.providers.items():
+        found, why_not = None, provider.why_not
+        if why_not is None:
+            found, why_not = attempt(lambda n=name: difference(case, n, want))
+            assert not (why_not or "").startswith((WRONG, FAILED)), f"{name}: {why_not}"
+        if why_not:
+            reasons[name] = why_not
+        elif found is not None:
+            compared.add(name)
+    return compared, reasons
