@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from bench.rows import RESULTS, Row, by_params, read, varying
 from bench.run import names
 from bench.tables import ceilings_text, detail, pivot
+from fastprompt.cli_compress import read as read_runs
+from fastprompt.cli_compress import table as compressed_table
 from fastprompt.demo import table
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +135,49 @@ def tune_openmoji_block() -> str:
     return accuracies(results)
 
 
+def cache_block() -> str:
+    """What compressing a cache costs while the prompt is read, and what it gives while decoding."""
+    names = {
+        ("prefill_compress", "plain"): "no compression",
+        ("prefill_compress", "h2o"): "**fastprompt**, H2O",
+        ("prefill_compress", "lookm"): "**fastprompt**, LOOK-M",
+        ("prefill_compress", "snapkv"): "**fastprompt**, SnapKV",
+        ("prefill_compress", "keydiff"): "**fastprompt**, KeyDiff",
+        ("prefill_compress", "observed"): "H2O's scores from eager attention",
+        ("prefill_kvpress", "plain"): "no compression, in kvpress' environment",
+        ("prefill_kvpress", "observed attention"): "kvpress, observed attention",
+        ("prefill_kvpress", "SnapKV"): "kvpress, SnapKV",
+    }
+    rows = {(r["case"], r["provider"]): r for case in ("prefill_compress", "prefill_kvpress") for r in _cpu(case)}
+    head = ("prefill", "s", "against no compression", "peak memory")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for key, name in names.items():
+        if key in rows:
+            lines.append(f"| {name} | {' | '.join(_clip_cells(rows[key])[1:])} |")
+    tokens = {r["params"]["tokens"] for r in rows.values()}
+    parts = [f"{' and '.join(f'{n:,}' for n in sorted(tokens))} tokens, four fifths dropped:\n\n" + "\n".join(lines)]
+    head = ("decoding", "ms a token", "against all keys", "read a token: weights and keys")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for r in _cpu("decode"):
+        steps = r["params"]["steps"]
+        ratio, read_mib = f"{r['ratio_p50']:.2f}x", f"{r['bytes'] / steps / 2**20:,.0f} MiB"
+        lines.append(f"| {r['provider']} | {1e3 * r['p50_s'] / steps:.1f} | {ratio} | {read_mib} |")
+    if len(lines) > 2:
+        parts.append(f"Behind {_cpu('decode')[0]['params']['tokens']:,} tokens:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cpu(case: str) -> list[Row]:
+    file = RESULTS / f"{case}-cpu.jsonl"
+    return read(file) if file.exists() else []
+
+
+def compress_block(model: str) -> str:
+    """What a compressed cache of a real model still knows."""
+    results = RESULTS / f"compress-{model}.jsonl"
+    return compressed_table(read_runs(results)) if results.exists() else "*Not measured.*"
+
+
 def cases_block() -> str:
     """Every case and where it was measured."""
     lines = ["| case | what it times | CPU | CUDA |", "|---|---|---|---|"]
@@ -160,6 +206,9 @@ def written() -> dict[Path, str]:
     """The two files with their tables as the results are now."""
     found = {}
     steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block, "clip_prompts": clip_prompts_block}
+    steps["cache"] = cache_block
+    for name, model in (("compress_text", "smollm2-135m"), ("compress_pictures", "tiny-llava")):
+        steps[name] = partial(compress_block, model)
     for file, blocks in (
         (
             ROOT / "README.md",

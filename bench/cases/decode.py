@@ -2,7 +2,7 @@
 """Decoding behind a long prompt, SmolLM2-135M shapes, random weights: sixteen tokens, one after the other.
 
 Providers: `plain` (transformers' cache), and H2O and LOOK-M with a half, a fifth and a tenth of the keys. Peak memory
-is that of the timed tokens alone.
+is that of the timed tokens alone. Counted is what every token must read: the weights and its cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import fastprompt
-from bench.case import Case, Provider, Step
+from bench.case import Case, Provider, Step, Work
 from bench.cases.prefill_compress import POLICIES, decoder
 
 STEPS = 16
@@ -40,9 +40,15 @@ def build(
 
         return run
 
-    providers = {"plain": Provider(step)}
+    def work(kept: int) -> Work:
+        weights = vocab * width + layers * (2 * width * (width + width // 3) + 3 * width * (width * 8 // 3))
+        states = layers * kept * 2 * (width // 3)
+        return Work(STEPS * 2 * (weights + 3 * states), STEPS * kind.itemsize * (weights + states))
+
+    providers = {"plain": Provider(step, work=work(tokens))}
     for keep in (0.5, 0.2, 0.1):
         for name in ("h2o", "lookm"):
-            providers[f"{name} {keep:.0%}"] = Provider(lambda n=name, k=keep: step(POLICIES[n](k)))
+            build_step = lambda n=name, k=keep: step(POLICIES[n](k))  # noqa: E731
+            providers[f"{name} {keep:.0%}"] = Provider(build_step, work=work(int(keep * tokens)))
     params = {"tokens": tokens, "steps": STEPS, "layers": layers, "width": width, "vocab": vocab, "dtype": dtype}
     return Case("decode", providers, "plain", list, 0.0, params)
