@@ -22,7 +22,7 @@ from fastprompt.hf.switch import engage, image_tokens, plain_layers
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What one layer of a cache holds: tokens ``seen``, slots ``kept`` a key head, and ``nbytes`` of memory."""
+    """What one layer of a cache holds: tokens ``seen``, slots ``kept`` a key head (the mean), ``nbytes`` of memory."""
 
     layer: int
     seen: int
@@ -144,7 +144,7 @@ class PromptCache(Cache):
     def stats(self) -> list[LayerStats]:
         """What every compressed layer holds."""
         return [
-            LayerStats(i, x.seen, x.physical, x.nbytes())
+            LayerStats(i, x.seen, x.kept, x.nbytes())
             for i, x in enumerate(self.layers)
             if isinstance(x, CompressedLayer)
         ]
