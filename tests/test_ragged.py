@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that keep different numbers of keys: attention over blocks, whole decodes, and the memory that they free."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cache_cases import Kept, generate, inputs, prompts, stepwise, with_masks
+from tiny_decoders import PREFIXES, build, leaves
+from tiny_models import assert_close
+from transformers import DynamicCache
+
+import fastprompt
+from fastprompt import H2O, AdaKV, LookM, PrefixKV, PromptCache, SnapKV
+from fastprompt.cache import Policy, blocks, split
+from fastprompt.hf import cache_layer
+from fastprompt.hf.sites import choose_tower
+
+POLICIES = [
+    AdaKV(SnapKV(0.5, window=4)), AdaKV(H2O(0.1, 0.4), floor=0.0),
+    AdaKV(LookM(0.1, 0.4, merge="drop", text_prior=False), floor=0.1),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 3)
+    monkeypatch.setattr(cache_layer, "ROOM", 5)
+
+
+def llama():
+    """Two heads that look at few keys, two that look around."""
+    model = build("Llama", torch.float64)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.detach().view(4, 8, 32).mul_(torch.tensor([9.0, 9.0, 0.3, 0.3]).view(4, 1, 1))
+    return model
+
+
+def ragged(cache):
+    """Whether a layer has blocks, and not as many for every head."""
+    return any(x.blocks is not None and len({n for s in x.blocks.counts for n in s}) > 1 for x in cache.layers)
+
+
+# Blocks
+
+
+def kept(counts, dim=8, dtype=torch.float64):
+    """Keys and values of heads that keep these numbers, as `compress` gives them."""
+    lengths = torch.tensor(counts)
+    index = torch.arange(int(lengths.max())).expand(*lengths.shape, -1)
+    index = index.masked_fill(index >= lengths[..., None], -1)
+    key, value = torch.randn(2, *index.shape, dim, dtype=dtype).masked_fill((index < 0)[..., None], 0.0)
+    return key, value, index
+
+
+def attend(query, key, value, index):
+    """Attention of a layer's queries over what its heads keep, head by head, and its log-sum-exp."""
+    groups = query.shape[1] // key.shape[1]
+    out, lse = torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, dtype=query.dtype)
+    for b in range(len(query)):
+        for h in range(query.shape[1]):
+            here = index[b, h // groups] >= 0
+            scores = query[b, h] @ key[b, h // groups, here].T * query.shape[-1] ** -0.5
+            lse[b, h] = scores.logsumexp(-1)
+            out[b, h] = scores.softmax(-1) @ value[b, h // groups, here]
+    return out, lse
+
+
+def close(got, want, tolerance=1e-14):
+    """To the rounding of a few sums; -inf where nothing is seen."""
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+        assert (a - b)[b.isfinite()].abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    "counts", [[[12, 2]], [[0, 31], [7, 3]], [[1, 0, 9], [9, 0, 0]], [[6, 0], [0, 0], [3, 9]], [[64, 6], [6, 6]]]
+)
+def test_blocks_and_the_rest_hold_all(counts, rows, monkeypatch):
+    key, value, index = kept(counts)
+    query = torch.randn(len(counts), 2 * key.shape[1], rows, 8, dtype=torch.float64)
+    found, *rest = split(key, value, index)
+    want = attend(query, key, value, index)
+    for limit in (1 << 24, 1):
+        monkeypatch.setattr(blocks, "PASS", limit)
+        close(fastprompt.ops.merge_states(*found.attend(query, None), *attend(query, *rest)), want)
+    numbers = torch.tensor(counts)
+    assert found.key.shape == found.value.shape == (int((numbers // 3).sum()), 3, 8)
+    assert rest[0].shape[2] == int((numbers % 3).max()) and torch.equal((rest[2] >= 0).sum(-1), numbers % 3)
+    assert found.nbytes() == 2 * found.key.nbytes + 8 * (len(found.key) + numbers.numel() * int(numbers.max() // 3))
+
+
+@pytest.mark.parametrize("counts", [[[7, 7]], [[8, 7]], [[2, 0]], [[4, 3]]])
+def test_blocks_that_save_nothing_are_not_made(counts):
+    given = kept(counts)
+    found, *rest = split(*given)
+    assert found is None and all(a is b for a, b in zip(rest, given, strict=True))
+
+
+def test_blocks_in_half_precision():
+    key, value, index = kept([[12, 2], [0, 61]], dtype=torch.bfloat16)
+    query = torch.randn(2, 4, 3, 8, dtype=torch.bfloat16)
+    found, *rest = split(key, value, index)
+    third = attend(*(x.double() for x in (query, *rest[:2])), rest[2])
+    out, lse = fastprompt.ops.merge_states(*found.attend(query, None), third[0].bfloat16(), third[1].float())
+    want = attend(query.double(), key.double(), value.double(), index)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    # Outputs of blocks, of their sum and of the whole are rounded to 8 bits, each once; values are below 4.
+    close([out.double()], want[:1], 3 * 4 * 2**-9)
+    close([lse.double()], want[1:], 1e-5)
+
+
+def test_samples_of_blocks_can_be_chosen():
+    key, value, index = kept([[12, 2], [0, 31], [7, 3]])
+    query = torch.randn(4, 4, 2, 8, dtype=torch.float64)
+    order = [2, 0, 0, 1]
+    found, *rest = split(key, value, index)
+    other = found.select(order)
+    got = fastprompt.ops.merge_states(*other.attend(query, 0.5), *attend(query * 8**0.5 / 2, *(x[order] for x in rest)))
+    want = attend(query * 8**0.5 / 2, key[order], value[order], index[order])
+    close(got, want)
+    assert other.counts == [[2, 1], [4, 0], [4, 0], [0, 10]]
+
+
+# Dropping is masking
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_a_long_decode_sees_a_full_cache_without_the_dropped_keys(policy, padding, monkeypatch):
+    model, other = llama(), with_masks(llama())
+    recorded, batch = Kept(monkeypatch), prompts(padding)
+    got, cache = stepwise(model, batch, 17, PromptCache(model, policy))
+    assert ragged(cache)
+    want, _ = stepwise(other, batch, 17, before=lambda: recorded.apply(other))
+    assert_close({"": got}, {"": want})
+    counts = torch.stack([recorded.allowed(i).sum(-1) for i in range(3)])
+    assert (counts[..., 0] != counts[..., 1]).any()
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    assert counts.sum(-1).tolist() == [[2 * n for n in policy.policy.budget(SimpleNamespace(lengths=lengths))]] * 3
+    assert [cache.get_seq_length(i) for i in range(3)] == [47] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3, "top_k": 5}, {"prefill_chunk_size": 7},
+    ],
+    ids=["greedy", "beams", "three samples", "chunks"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen2-VL", "SmolLM2"])
+def test_every_strategy(name, options, monkeypatch):
+    if "chunk" in str(options) and name == "Qwen2-VL":
+        # Transformers takes no chunks of prompts with images.
+        options = {"num_beams": 2}
+    model, recorded = build(name, torch.float64), Kept(monkeypatch)
+    batch = inputs(name, model)
+    plain = generate(model, batch, **options)
+    with fastprompt.compress(model, POLICIES[0]):
+        got = generate(model, batch, **options)
+    assert ragged(got.past_key_values)
+    other = with_masks(build(name, torch.float64))
+    recorded.apply(other)
+    want = generate(other, batch, **{k: v for k, v in options.items() if "chunk" not in k})
+    assert torch.equal(got.sequences, want.sequences)
+    scores = [torch.stack(x.scores) for x in (got, want)]
+    finite = scores[1].isfinite()
+    assert_close({"": scores[0][finite]}, {"": scores[1][finite]})
+    assert not torch.allclose(plain.scores[-1], got.scores[-1], atol=0.01)
+
+
+def test_prefixes_take_part():
+    model = build("Llama", torch.float64)
+    handle = fastprompt.attach(model, PrefixKV(5, init="ptuning"))
+    other = with_masks(build("Llama", torch.float64))
+    pairs = leaves(handle)
+    attentions = choose_tower(other, "text").attentions
+    PREFIXES.update({attentions[i]: lambda pair=pair: pair for i, pair in pairs.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        recorded = Kept(patch)
+        got, cache = stepwise(model, prompts("left"), 9, PromptCache(model, POLICIES[1]))
+        assert ragged(cache)
+        want, _ = stepwise(other, prompts("left"), 9, before=lambda: recorded.apply(other))
+    assert_close({"": got}, {"": want})
+
+
+def test_several_rows_at_once_and_padding_among_them():
+    model, other = llama(), with_masks(llama())
+    batch, more = prompts("left"), torch.tensor([[7, 8, 9, 4], [5, 6, 0, 0], [3, 0, 0, 0]])
+    mask = torch.cat([batch["attention_mask"], (more != 0).long()], dim=1)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        recorded = Kept(patch)
+        cache, plain = PromptCache(model, POLICIES[0]), DynamicCache(config=other.config)
+        model(**batch, past_key_values=cache)
+        cache.finalize()
+        assert ragged(cache)
+        other(**batch, past_key_values=plain)
+        recorded.apply(other)
+        got = model(more, mask, past_key_values=cache).logits
+        want = other(more, mask, past_key_values=plain).logits
+        assert_close({"": got[more != 0]}, {"": want[more != 0]})
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+        got = model(more[:, :1], mask, past_key_values=cache).logits
+        assert_close({"": got}, {"": other(more[:, :1], mask, past_key_values=plain).logits})
+
+
+@torch.no_grad()
+def test_batches_can_be_changed_copied_and_forgotten():
+    model, batch = build("Llama", torch.float64), prompts("left")
+
+    def steps(cache, mask):
+        for token in (5, 6, 7):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+            out = model(torch.full((3, 1), token), mask, past_key_values=cache)
+        return out.logits
+
+    order = [2, 0, 1]
+    plain = PromptCache(model, POLICIES[0])
+    model(batch["input_ids"][order], batch["attention_mask"][order], past_key_values=plain)
+    want = steps(plain, batch["attention_mask"][order])
+    cache = PromptCache(model, POLICIES[0])
+    for change in ("before", "after"):
+        cache.reset()
+        assert cache.nbytes() == 0
+        model(**batch, past_key_values=cache)
+        if change == "after":
+            cache.finalize()
+            assert ragged(cache)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([1, 2, 4]))
+        cache.reorder_cache(torch.tensor(order))
+        twin = copy.deepcopy(cache)
+        for x in (cache, twin):
+            assert_close({"": steps(x, batch["attention_mask"][order])}, {"": want})
+
+
+class Uneven(Policy):
+    """One of a user's own."""
+
+    def __init__(self, *budgets):
+        self.budgets = budgets
+
+    def score(self, seen):
+        return seen.place[:, None].float().expand(seen.key.shape[:3])
+
+    def budget(self, seen):
+        return torch.tensor(self.budgets)
+
+
+# Memory
+
+
+@torch.no_grad()
+def test_samples_of_different_lengths_free_memory_too(monkeypatch):
+    model, other = llama(), with_masks(llama())
+    recorded, batch = Kept(monkeypatch), prompts("right")
+    got, cache = stepwise(model, batch, 3, PromptCache(model, SnapKV(0.5, window=4)))
+    # 15, 10 and 6 keys a head.
+    assert all(x.blocks.counts == [[5, 5], [3, 3], [2, 2]] and x.physical == 1 + 3 for x in cache.layers)
+    assert [x.kept for x in cache.stats()] == [4 + 10] * 3
+    want, _ = stepwise(other, batch, 3, before=lambda: recorded.apply(other))
+    assert_close({"": got}, {"": want})
+
+
+@torch.no_grad()
+def test_bytes(monkeypatch):
+    model, batch = build("Llama"), prompts()
+    budgets = [[20, 4], [7, 9], [1, 30]]
+    cache = PromptCache(model, Uneven(*budgets))
+    model(**batch, past_key_values=cache)
+    cache.finalize()
+    # Three layers; keys and values of eight floats in 5 + 6 + 1 + 2 + 3 + 10 - 4 blocks of three; six heads with two
+    # slots for the rest and five for new tokens, and a bool for each; whose block it is, and a table of ten a head.
+    count = sum(n // 3 for sample in budgets for n in sample)
+    assert count == 22
+    states = 2 * 8 * 4 * (3 * count + 6 * (2 + 5))
+    assert cache.nbytes() == 3 * (states + 6 * (2 + 5) + 8 * (count + 6 * 10))
+    assert [x.kept for x in cache.stats()] == [2 + 11] * 3
+    # The largest head's slots for all would be 30.
+    assert 3 * count + 6 * 2 == 78 < 6 * 30 and sum(map(sum, budgets)) == 71
+
+
+def test_budgets_of_its_own_cannot_be_compressed_again():
+    model = build("Llama")
+    for every in (Uneven([20, 4]), Uneven([2, 1])):
+        policy = fastprompt.Decoding(every, every=2)
+        with pytest.raises(ValueError, match="heads of layer 0 budgets of their own, which cannot be compressed again"):
+            generate(model, {"input_ids": prompts()["input_ids"][:1]}, past_key_values=PromptCache(model, policy))
+
+
+RESIDENT = """
+import ctypes, gc, json, os, torch
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+import fastprompt
+torch.set_num_threads(1)
+torch.manual_seed(0)
+size = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 8, "vocab_size": 100}
+model = LlamaModel(LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=4)).eval()
+for layer in model.layers:
+    # From heads that look everywhere to heads that look at few keys.
+    layer.self_attn.q_proj.weight.detach().view(4, 64, 64).mul_(torch.tensor([0.0, 60.0, 120.0, 240.0]).view(4, 1, 1))
+    layer.self_attn.k_proj.weight.detach().mul_(8.0)
+libc = ctypes.CDLL("libc.so.6")
+
+def resident():
+    gc.collect()
+    libc.malloc_trim(0)
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def read(cache, length=768):
+    model(torch.randint(3, 100, (6, length)), past_key_values=cache)
+
+found = {}
+with torch.no_grad():
+    read(DynamicCache(config=model.config), 64)
+    base, cache = resident(), DynamicCache(config=model.config)
+    read(cache)
+    found["plain"] = (resident() - base, sum(x.keys.nbytes + x.values.nbytes for x in cache.layers))
+    del cache
+    for policy in (fastprompt.KeyDiff(0.2), fastprompt.AdaKV(fastprompt.SnapKV(0.2, window=8, kernel=1))):
+        cache = fastprompt.PromptCache(model, policy)
+        read(cache)
+        before, full = resident(), cache.nbytes()
+        cache.finalize()
+        widest = 0
+        for layer in cache.layers:
+            blocks = layer.blocks
+            if blocks is not None:
+                widest += 24 * (max(n for s in blocks.counts for n in s) * 64 + 64) * 2 * 64 * 4
+        found[type(policy).__name__] = (before - resident(), full - cache.nbytes(), cache.nbytes(), widest)
+        cache.close()
+        del cache
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and calls glibc's malloc_trim")
+def test_the_process_gets_smaller():
+    """Resident memory falls with `nbytes`, in heads of one budget and of budgets of their own."""
+    root = Path(fastprompt.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", RESIDENT], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    plain, theory = found["plain"]
+    # Six sentences of 768 tokens, eight layers, four heads of 64 floats, keys and values.
+    assert theory == 6 * 768 * 8 * 4 * 64 * 4 * 2 and plain >= 0.9 * theory
+    for name in ("KeyDiff", "AdaKV"):
+        fell, expected, held, widest = found[name]
+        assert expected >= 0.65 * theory and fell >= 0.7 * expected, found
+    assert held < 0.75 * widest, found
