@@ -2,10 +2,6 @@
 """Heads that keep different numbers of keys: attention over blocks, whole decodes, and the memory that they free."""
 
 import copy
-import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,10 +23,12 @@ POLICIES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 3)
+@pytest.fixture(autouse=True, params=[1, 3])
+def size(request, monkeypatch):
+    """Keys of a block, as on a CPU and as on a small GPU, and little room for new tokens."""
+    monkeypatch.setitem(blocks.SIZES, "cpu", request.param)
     monkeypatch.setattr(cache_layer, "ROOM", 5)
+    return request.param
 
 
 def llama():
@@ -82,7 +80,7 @@ def close(got, want, tolerance=1e-14):
 @pytest.mark.parametrize(
     "counts", [[[12, 2]], [[0, 31], [7, 3]], [[1, 0, 9], [9, 0, 0]], [[6, 0], [0, 0], [3, 9]], [[64, 6], [6, 6]]]
 )
-def test_blocks_and_the_rest_hold_all(counts, rows, monkeypatch):
+def test_blocks_and_the_rest_hold_all(counts, rows, size, monkeypatch):
     key, value, index = kept(counts)
     query = torch.randn(len(counts), 2 * key.shape[1], rows, 8, dtype=torch.float64)
     found, *rest = split(key, value, index)
@@ -91,16 +89,20 @@ def test_blocks_and_the_rest_hold_all(counts, rows, monkeypatch):
         monkeypatch.setattr(blocks, "PASS", limit)
         close(fastprompt.ops.merge_states(*found.attend(query, None), *attend(query, *rest)), want)
     numbers = torch.tensor(counts)
-    assert found.key.shape == found.value.shape == (int((numbers // 3).sum()), 3, 8)
-    assert rest[0].shape[2] == int((numbers % 3).max()) and torch.equal((rest[2] >= 0).sum(-1), numbers % 3)
-    assert found.nbytes() == 2 * found.key.nbytes + 8 * (len(found.key) + numbers.numel() * int(numbers.max() // 3))
+    assert found.key.shape == found.value.shape == (int((numbers // size).sum()), size, 8)
+    assert rest[0].shape[2] == int((numbers % size).max()) and torch.equal((rest[2] >= 0).sum(-1), numbers % size)
+    tables = 0 if size == 1 else 8 * (len(found.key) + numbers.numel() * int(numbers.max() // size))
+    assert found.nbytes() == 2 * found.key.nbytes + tables
 
 
-@pytest.mark.parametrize("counts", [[[7, 7]], [[8, 7]], [[2, 0]], [[4, 3]]])
-def test_blocks_that_save_nothing_are_not_made(counts):
+@pytest.mark.parametrize("counts", [[[7, 7], [7, 7]], [[8, 7]], [[2, 0]], [[4, 3]]])
+def test_blocks_that_save_nothing_are_not_made(counts, size):
     given = kept(counts)
     found, *rest = split(*given)
-    assert found is None and all(a is b for a, b in zip(rest, given, strict=True))
+    if size == 1 and counts[0][0] != counts[0][1]:
+        assert len(found.key) == sum(counts[0]) and not rest[0].numel()
+    else:
+        assert found is None and all(a is b for a, b in zip(rest, given, strict=True))
 
 
 def test_blocks_in_half_precision():
@@ -113,10 +115,11 @@ def test_blocks_in_half_precision():
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
     # Outputs of blocks, of their sum and of the whole are rounded to 8 bits, each once; values are below 4.
     close([out.double()], want[:1], 3 * 4 * 2**-9)
-    close([lse.double()], want[1:], 1e-5)
+    # PyTorch's kernel takes exponentials of half precision to some 16 bits.
+    close([lse.double()], want[1:], 2**-14)
 
 
-def test_samples_of_blocks_can_be_chosen():
+def test_samples_of_blocks_can_be_chosen(size):
     key, value, index = kept([[12, 2], [0, 31], [7, 3]])
     query = torch.randn(4, 4, 2, 8, dtype=torch.float64)
     order = [2, 0, 0, 1]
@@ -125,7 +128,7 @@ def test_samples_of_blocks_can_be_chosen():
     got = fastprompt.ops.merge_states(*other.attend(query, 0.5), *attend(query * 8**0.5 / 2, *(x[order] for x in rest)))
     want = attend(query * 8**0.5 / 2, key[order], value[order], index[order])
     close(got, want)
-    assert other.counts == [[2, 1], [4, 0], [4, 0], [0, 10]]
+    assert other.counts == [[n // size for n in heads] for heads in ([7, 3], [12, 2], [12, 2], [0, 31])]
 
 
 # Dropping is masking
@@ -256,34 +259,35 @@ class Uneven(Policy):
 # Memory
 
 
-@torch.no_grad()
-def test_samples_of_different_lengths_free_memory_too(monkeypatch):
+def test_samples_of_different_lengths_free_memory_too(size, monkeypatch):
     model, other = llama(), with_masks(llama())
     recorded, batch = Kept(monkeypatch), prompts("right")
     got, cache = stepwise(model, batch, 3, PromptCache(model, SnapKV(0.5, window=4)))
-    # 15, 10 and 6 keys a head.
-    assert all(x.blocks.counts == [[5, 5], [3, 3], [2, 2]] and x.physical == 1 + 3 for x in cache.layers)
-    assert [x.kept for x in cache.stats()] == [4 + 10] * 3
+    # 15, 10 and 6 keys a head: blocks of 3 leave one.
+    counts = [[n // size] * 2 for n in (15, 10, 6)]
+    assert all(x.blocks.counts == counts and x.physical == (size == 3) + 3 for x in cache.layers)
+    assert [x.kept for x in cache.stats()] == [14 if size == 3 else 3 + 11] * 3
     want, _ = stepwise(other, batch, 3, before=lambda: recorded.apply(other))
     assert_close({"": got}, {"": want})
 
 
 @torch.no_grad()
-def test_bytes(monkeypatch):
+def test_bytes(size):
+    """Blocks hold the sum of the budgets, not as many slots for all as the largest head needs."""
     model, batch = build("Llama"), prompts()
     budgets = [[20, 4], [7, 9], [1, 30]]
     cache = PromptCache(model, Uneven(*budgets))
     model(**batch, past_key_values=cache)
     cache.finalize()
-    # Three layers; keys and values of eight floats in 5 + 6 + 1 + 2 + 3 + 10 - 4 blocks of three; six heads with two
-    # slots for the rest and five for new tokens, and a bool for each; whose block it is, and a table of ten a head.
-    count = sum(n // 3 for sample in budgets for n in sample)
-    assert count == 22
-    states = 2 * 8 * 4 * (3 * count + 6 * (2 + 5))
-    assert cache.nbytes() == 3 * (states + 6 * (2 + 5) + 8 * (count + 6 * 10))
-    assert [x.kept for x in cache.stats()] == [2 + 11] * 3
-    # The largest head's slots for all would be 30.
-    assert 3 * count + 6 * 2 == 78 < 6 * 30 and sum(map(sum, budgets)) == 71
+    assert sum(map(sum, budgets)) == 71
+    # Keys and values of eight floats, and five slots for new tokens in each of six heads.
+    layer = 2 * 8 * 4 * (71 + 6 * 5)
+    if size == 3:
+        # 22 blocks of three; two slots a head for the rest, with a bool for each slot; whose block it is, and a table.
+        layer = 2 * 8 * 4 * (66 + 6 * (2 + 5)) + 6 * (2 + 5) + 8 * (22 + 6 * 10)
+    assert cache.nbytes() == 3 * layer
+    # The mean of the heads, rounded up.
+    assert [x.kept for x in cache.stats()] == [12 if size == 1 else 2 + 11] * 3
 
 
 def test_budgets_of_its_own_cannot_be_compressed_again():
@@ -292,65 +296,3 @@ def test_budgets_of_its_own_cannot_be_compressed_again():
         policy = fastprompt.Decoding(every, every=2)
         with pytest.raises(ValueError, match="heads of layer 0 budgets of their own, which cannot be compressed again"):
             generate(model, {"input_ids": prompts()["input_ids"][:1]}, past_key_values=PromptCache(model, policy))
-
-
-RESIDENT = """
-import ctypes, gc, json, os, torch
-from transformers import DynamicCache, LlamaConfig, LlamaModel
-import fastprompt
-torch.set_num_threads(1)
-torch.manual_seed(0)
-size = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 8, "vocab_size": 100}
-model = LlamaModel(LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=4)).eval()
-for layer in model.layers:
-    # From heads that look everywhere to heads that look at few keys.
-    layer.self_attn.q_proj.weight.detach().view(4, 64, 64).mul_(torch.tensor([0.0, 60.0, 120.0, 240.0]).view(4, 1, 1))
-    layer.self_attn.k_proj.weight.detach().mul_(8.0)
-libc = ctypes.CDLL("libc.so.6")
-
-def resident():
-    gc.collect()
-    libc.malloc_trim(0)
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-def read(cache, length=768):
-    model(torch.randint(3, 100, (6, length)), past_key_values=cache)
-
-found = {}
-with torch.no_grad():
-    read(DynamicCache(config=model.config), 64)
-    base, cache = resident(), DynamicCache(config=model.config)
-    read(cache)
-    found["plain"] = (resident() - base, sum(x.keys.nbytes + x.values.nbytes for x in cache.layers))
-    del cache
-    for policy in (fastprompt.KeyDiff(0.2), fastprompt.AdaKV(fastprompt.SnapKV(0.2, window=8, kernel=1))):
-        cache = fastprompt.PromptCache(model, policy)
-        read(cache)
-        before, full = resident(), cache.nbytes()
-        cache.finalize()
-        widest = 0
-        for layer in cache.layers:
-            blocks = layer.blocks
-            if blocks is not None:
-                widest += 24 * (max(n for s in blocks.counts for n in s) * 64 + 64) * 2 * 64 * 4
-        found[type(policy).__name__] = (before - resident(), full - cache.nbytes(), cache.nbytes(), widest)
-        cache.close()
-        del cache
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and calls glibc's malloc_trim")
-def test_the_process_gets_smaller():
-    """Resident memory falls with `nbytes`, in heads of one budget and of budgets of their own."""
-    root = Path(fastprompt.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", RESIDENT], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    plain, theory = found["plain"]
-    # Six sentences of 768 tokens, eight layers, four heads of 64 floats, keys and values.
-    assert theory == 6 * 768 * 8 * 4 * 64 * 4 * 2 and plain >= 0.9 * theory
-    for name in ("KeyDiff", "AdaKV"):
-        fell, expected, held, widest = found[name]
-        assert expected >= 0.65 * theory and fell >= 0.7 * expected, found
-    assert held < 0.75 * widest, found

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kept keys of heads that keep different numbers of them: whole blocks, as many a head as it fills."""
+"""Kept keys of heads that keep different numbers of them: in blocks, as many a head as it fills."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from fastprompt.ops import prompt_attention
 
-#: Keys of a block.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+#: Keys of a block on an accelerator.
 BLOCK = 64
+
+#: Keys of a block by the type of the device, where it is not `BLOCK`: a CPU goes from head to head, of any length.
+SIZES = {"cpu": 1}
 
 #: Numbers that the queries of one pass over the blocks may take.
 PASS = 1 << 24
@@ -22,12 +27,13 @@ PASS = 1 << 24
 class Blocks:
     """Keys and values in blocks, those of a key head one after the other; nothing is padded.
 
-    Attention runs over every block as if it were a sample of its own, with the kernels that a device has, and the
-    results of a head's blocks are merged by their log-sum-exp. N blocks, D head size.
+    Blocks of one key are attended to head by head: a few calls, of little cost on a CPU. For larger ones attention runs
+    over every block as if it were a sample of its own, so that a GPU is busy however few heads there are, and the
+    results of a head's blocks are merged by their log-sum-exp. N blocks of L keys, D head size.
 
     Args:
-        key: ``[N,BLOCK,D]``.
-        value: ``[N,BLOCK,D]``.
+        key: ``[N,L,D]``.
+        value: ``[N,L,D]``.
         counts: Blocks of every key head of every sample.
     """
 
@@ -36,50 +42,77 @@ class Blocks:
     counts: list[list[int]]
 
     def __post_init__(self):
-        counts = torch.tensor(self.counts).flatten()
-        # Whose block it is, and the blocks of every head: N where it has fewer than others.
-        owner = torch.arange(len(counts)).repeat_interleave(counts)
-        places = torch.arange(int(counts.max()))
-        table = (counts.cumsum(0) - counts)[:, None] + places
-        table = table.masked_fill(places >= counts[:, None], len(owner))
-        self.owner, self.table = owner.to(self.key.device), table.to(self.key.device)
+        self._tables: tuple[Tensor, Tensor] | None = None
+        if self.key.shape[1] > 1:
+            counts = torch.tensor(self.counts).flatten()
+            # Whose block it is, and the blocks of every head: N where it has fewer than others.
+            owner = torch.arange(len(counts)).repeat_interleave(counts)
+            places = torch.arange(int(counts.max()))
+            table = ((counts.cumsum(0) - counts)[:, None] + places).masked_fill(places >= counts[:, None], len(owner))
+            self._tables = owner.to(self.key.device), table.to(self.key.device)
 
     def attend(self, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
         """``(out [B,Hq,Tq,D], lse [B,Hq,Tq])`` of queries ``[B,Hq,Tq,D]`` that see every key of their head."""
         batch, heads, _, dim = query.shape
+        # The query heads of a key head are more rows of one head.
+        if self._tables is None:
+            out, lse = self._by_head(self._rows(query), scale)
+            return out.view(query.shape), lse.view(query.shape[:3])
         step = max(1, PASS * batch // (len(self.key) * heads * dim))
-        parts = [self._attend(part, scale) for part in query.split(step, dim=2)]
-        if len(parts) == 1:
-            return parts[0]
-        out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+        found = []
+        for part in query.split(step, dim=2):
+            out, lse = self._by_block(self._rows(part), *self._tables, scale)
+            found.append((out.view(part.shape), lse.view(part.shape[:3])))
+        out, lse = (torch.cat(x, dim=2) for x in zip(*found, strict=True))
         return out, lse
 
-    def _attend(self, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        heads_kv = len(self.counts[0])
-        # The query heads of a key head are more rows of one head.
-        rows = query.unflatten(1, (heads_kv, -1)).flatten(2, 3).flatten(0, 1)
-        nothing = self.key.new_empty(1, 0, query.shape[-1])
-        found = prompt_attention(
-            rows[self.owner].unsqueeze(1), self.key.unsqueeze(1), self.value.unsqueeze(1), nothing, nothing,
-            scale=scale, return_lse=True,
-        )  # fmt: skip
+    def _rows(self, query: Tensor) -> Tensor:
+        """``[B,Hq,Tq,D]`` as ``[B*Hkv,G*Tq,D]``."""
+        return query.reshape(query.shape[0] * len(self.counts[0]), -1, query.shape[3]).contiguous()
+
+    def _by_head(self, rows: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        # The kernel that the operation calls, too, without its checks, which would cost more than a short head does.
+        plain = rows.device.type == "cpu" and rows.dtype == self.key.dtype and not rows.requires_grad
+        kernel = _flash if plain else _attend
+        found = []
+        ends = accumulate((n for of_sample in self.counts for n in of_sample), initial=0)
+        for row, (start, end) in zip(rows[:, None, None], pairwise(ends), strict=True):
+            key, value = (x[start:end].view(1, 1, -1, x.shape[-1]) for x in (self.key, self.value))
+            found.append(kernel(row, key, value, scale=scale) if end > start else _none(row))
+        out, lse = (torch.cat(x) for x in zip(*found, strict=True))
+        return out, lse.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def _by_block(self, rows: Tensor, owner: Tensor, table: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        found = _attend(rows[owner].unsqueeze(1), self.key.unsqueeze(1), self.value.unsqueeze(1), scale=scale)
         out, lse = (x.squeeze(1) for x in found)
-        lse = torch.nn.functional.pad(lse, (0, 0, 0, 1), value=-torch.inf)[self.table]
+        lse = torch.nn.functional.pad(lse, (0, 0, 0, 1), value=-torch.inf)[table]
         total = lse.logsumexp(dim=1)
         # A head without blocks: 0 and -inf.
         weight = (lse - total.masked_fill(total == -torch.inf, 0.0).unsqueeze(1)).exp()
-        out = (weight.unsqueeze(-1) * out[self.table.clamp(max=len(out) - 1)]).sum(dim=1)
-        return out.to(query.dtype).view(query.shape), total.view(query.shape[:3])
+        out = (weight.unsqueeze(-1) * out[table.clamp(max=len(out) - 1)]).sum(dim=1)
+        return out.to(rows.dtype), total
 
     def select(self, samples: list[int]) -> Blocks:
         """Those of these samples, in this order."""
-        ends = [0, *accumulate(map(sum, self.counts))]
+        ends = list(accumulate(map(sum, self.counts), initial=0))
         index = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in samples]).to(self.key.device)
         return Blocks(self.key[index], self.value[index], [self.counts[i] for i in samples])
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.nbytes for x in (self.key, self.value, self.owner, self.table))
+        return sum(x.nbytes for x in (self.key, self.value, *(self._tables or ())))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    nothing = key.new_empty(1, 0, key.shape[-1])
+    out, lse = prompt_attention(query, key, value, nothing, nothing, scale=scale, return_lse=True)
+    return out, lse
+
+
+def _none(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over no key."""
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    return torch.zeros_like(query), lse.to(query.device)
 
 
 def split(key: Tensor, value: Tensor, index: Tensor) -> tuple[Blocks | None, Tensor, Tensor, Tensor]:
@@ -93,18 +126,19 @@ def split(key: Tensor, value: Tensor, index: Tensor) -> tuple[Blocks | None, Ten
     Returns:
         ``(blocks, key, value, index)``: None and the arguments where nothing is to be gained.
     """
+    size = SIZES.get(key.device.type, BLOCK)
     lengths = (index >= 0).sum(dim=-1)
-    whole = lengths // BLOCK
-    width = int((lengths % BLOCK).max())
+    whole = lengths // size
+    width = int((lengths % size).max())
     counts = whole.tolist()
-    if BLOCK * sum(map(sum, counts)) + lengths.numel() * width >= index.numel():
+    if size * sum(map(sum, counts)) + lengths.numel() * width >= index.numel():
         return None, key, value, index
 
     def blocks(x: Tensor) -> Tensor:
-        heads = [x[b, h, : n * BLOCK] for b, of_sample in enumerate(counts) for h, n in enumerate(of_sample)]
-        return torch.cat(heads).view(-1, BLOCK, x.shape[-1])
+        heads = [x[b, h, : n * size] for b, of_sample in enumerate(counts) for h, n in enumerate(of_sample)]
+        return torch.cat(heads).view(-1, size, x.shape[-1])
 
-    rest = BLOCK * whole.unsqueeze(-1) + torch.arange(width, device=index.device)
+    rest = size * whole.unsqueeze(-1) + torch.arange(width, device=index.device)
     empty = rest >= lengths.unsqueeze(-1)
     rest = rest.clamp(max=index.shape[2] - 1)
 
