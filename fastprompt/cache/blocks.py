@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -10,8 +11,6 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import prompt_attention
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 #: Keys of a block on an accelerator.
 BLOCK = 64
@@ -51,46 +50,52 @@ class Blocks:
             table = ((counts.cumsum(0) - counts)[:, None] + places).masked_fill(places >= counts[:, None], len(owner))
             self._tables = owner.to(self.key.device), table.to(self.key.device)
 
-    def attend(self, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        """``(out [B,Hq,Tq,D], lse [B,Hq,Tq])`` of queries ``[B,Hq,Tq,D]`` that see every key of their head."""
-        batch, heads, _, dim = query.shape
-        # The query heads of a key head are more rows of one head.
-        if self._tables is None:
-            out, lse = self._by_head(self._rows(query), scale)
-            return out.view(query.shape), lse.view(query.shape[:3])
-        step = max(1, PASS * batch // (len(self.key) * heads * dim))
-        found = []
-        for part in query.split(step, dim=2):
-            out, lse = self._by_block(self._rows(part), *self._tables, scale)
-            found.append((out.view(part.shape), lse.view(part.shape[:3])))
-        out, lse = (torch.cat(x, dim=2) for x in zip(*found, strict=True))
-        return out, lse
+    def attend(
+        self, query: Tensor, scale: float | None = None, key: Tensor | None = None, value: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(out [B,Hq,Tq,D], lse [B,Hq,Tq])`` of queries ``[B,Hq,Tq,D]`` that see every key of their head.
 
-    def _rows(self, query: Tensor) -> Tensor:
-        """``[B,Hq,Tq,D]`` as ``[B*Hkv,G*Tq,D]``."""
-        return query.reshape(query.shape[0] * len(self.counts[0]), -1, query.shape[3]).contiguous()
+        And those of ``key [B,Hkv,T,D]``, if it is given, with ``value``.
+        """
+        dim = query.shape[3]
+        # The query heads of a key head are more rows of one head.
+        rows = query.reshape(query.shape[0] * len(self.counts[0]), -1, dim).contiguous()
+        out, lse = self._by_head(rows, scale) if self._tables is None else self._by_block(rows, *self._tables, scale)
+        if key is not None and value is not None:
+            more = self._kernel(rows)(rows.view(*key.shape[:2], -1, dim), key, value, scale=scale)
+            # As `merge_states`, in fewer steps: a side that has keys for sure needs no guard.
+            other, level = (x.reshape(y.shape).to(lse.dtype) for x, y in zip(more, (out, lse), strict=True))
+            out = torch.lerp(out.to(lse.dtype), other, (level - lse).sigmoid().unsqueeze(-1)).to(query.dtype)
+            lse = torch.logaddexp(lse, level)
+        return out.view(query.shape), lse.view(query.shape[:3])
+
+    def _kernel(self, rows: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+        """On a CPU what the operation calls, too, without its checks, which would cost more than a short head does."""
+        plain = rows.device.type == "cpu" and rows.dtype == self.key.dtype and not rows.requires_grad
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu if plain else _attend
 
     def _by_head(self, rows: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        # The kernel that the operation calls, too, without its checks, which would cost more than a short head does.
-        plain = rows.device.type == "cpu" and rows.dtype == self.key.dtype and not rows.requires_grad
-        kernel = _flash if plain else _attend
-        found = []
+        kernel, found = self._kernel(rows), []
         ends = accumulate((n for of_sample in self.counts for n in of_sample), initial=0)
         for row, (start, end) in zip(rows[:, None, None], pairwise(ends), strict=True):
             key, value = (x[start:end].view(1, 1, -1, x.shape[-1]) for x in (self.key, self.value))
             found.append(kernel(row, key, value, scale=scale) if end > start else _none(row))
-        out, lse = (torch.cat(x) for x in zip(*found, strict=True))
+        out, lse = (torch.cat(x).squeeze(1) for x in zip(*found, strict=True))
         return out, lse.to(torch.promote_types(rows.dtype, torch.float32))
 
     def _by_block(self, rows: Tensor, owner: Tensor, table: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        found = _attend(rows[owner].unsqueeze(1), self.key.unsqueeze(1), self.value.unsqueeze(1), scale=scale)
-        out, lse = (x.squeeze(1) for x in found)
-        lse = torch.nn.functional.pad(lse, (0, 0, 0, 1), value=-torch.inf)[table]
-        total = lse.logsumexp(dim=1)
-        # A head without blocks: 0 and -inf.
-        weight = (lse - total.masked_fill(total == -torch.inf, 0.0).unsqueeze(1)).exp()
-        out = (weight.unsqueeze(-1) * out[table.clamp(max=len(out) - 1)]).sum(dim=1)
-        return out.to(rows.dtype), total
+        found = []
+        for part in rows.split(max(1, PASS // (len(owner) * rows.shape[2])), dim=1):
+            heads = _attend(part[owner].unsqueeze(1), self.key.unsqueeze(1), self.value.unsqueeze(1), scale=scale)
+            out, lse = (x.squeeze(1) for x in heads)
+            lse = torch.nn.functional.pad(lse, (0, 0, 0, 1), value=-torch.inf)[table]
+            total = lse.logsumexp(dim=1)
+            # A head without blocks: 0 and -inf.
+            weight = (lse - total.masked_fill(total == -torch.inf, 0.0).unsqueeze(1)).exp()
+            out = (weight.unsqueeze(-1) * out[table.clamp(max=len(out) - 1)]).sum(dim=1)
+            found.append((out.to(rows.dtype), total))
+        out, lse = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
+        return out, lse
 
     def select(self, samples: list[int]) -> Blocks:
         """Those of these samples, in this order."""

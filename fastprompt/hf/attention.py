@@ -121,20 +121,37 @@ def attention(
             f"dropout: got {dropout} at an attention module with prompts or a compressing cache, expected 0.0; call "
             "model.eval(), or set the attention dropout of the model's config to 0 before the model is built or loaded"
         )
-    if prompt is None:
-        prompt = (_nothing(key),) * 2
+    if blocks is not None and prompt is None and attention_mask is None:
+        # One new token for every sample, the usual step.
+        out, lse = blocks.attend(query, scaling, key, value)
+    else:
+        out, lse = _attend(module, query, key, value, attention_mask, scaling, is_causal, prompt)
+        if blocks is not None:
+            out, lse = merge_states(out, lse, *blocks.attend(query, scaling))
+    if layer is not None:
+        layer.attended(query, lse, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    is_causal: bool | None,
+    prompt: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B,Hq,Tq,D]`` and log-sum-exp over prompt and keys."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
         # An empty static cache, filled from the front: what is behind the queries is not written yet.
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
+    prompt = prompt or (_nothing(key),) * 2
     options: dict[str, Any] = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "return_lse": True}
-    out, lse = cast(tuple[Tensor, Tensor], prompt_attention(query, key, value, *prompt, **options))
-    if blocks is not None:
-        out, lse = merge_states(out, lse, *blocks.attend(query, scaling))
-    if layer is not None:
-        layer.attended(query, lse, scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return cast(tuple[Tensor, Tensor], prompt_attention(query, key, value, *prompt, **options))
 
 
 def _last(
