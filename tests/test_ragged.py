@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_cases import TRITON_DEVICE
 from cache_cases import Kept, generate, inputs, prompts, stepwise, with_masks
 from tiny_decoders import PREFIXES, build, leaves
 from tiny_models import assert_close
 from transformers import DynamicCache
 
 import fastprompt
-from fastprompt import H2O, AdaKV, LookM, PrefixKV, PromptCache, SnapKV
+from fastprompt import H2O, AdaKV, LookM, PrefixKV, PromptCache, SnapKV, config
 from fastprompt.cache import Policy, blocks, split
 from fastprompt.hf import cache_layer
 from fastprompt.hf.sites import choose_tower
@@ -117,6 +118,42 @@ def test_blocks_in_half_precision():
     close([out.double()], want[:1], 3 * 4 * 2**-9)
     # PyTorch's kernel takes exponentials of half precision to some 16 bits.
     close([lse.double()], want[1:], 2**-14)
+
+
+def test_blocks_by_triton(monkeypatch):
+    monkeypatch.setitem(blocks.SIZES, TRITON_DEVICE, 5)
+    key, value, index = (x.to(TRITON_DEVICE) for x in kept([[12, 2], [0, 31]], dim=16, dtype=torch.float32))
+    query = torch.randn(2, 4, 3, 16, device=TRITON_DEVICE)
+    found, *rest = split(key, value, index)
+    monkeypatch.setattr(config, "IMPL", "triton")
+    state = found.attend(query)
+    monkeypatch.undo()
+    close(fastprompt.ops.merge_states(*state, *attend(query, *rest)), attend(query, key, value, index), 1e-5)
+
+
+@pytest.mark.parametrize("counts", [[[12, 2], [0, 31]], [[3, 6], [9, 0]]])
+def test_gradients_and_new_keys(counts):
+    key, value, index = kept(counts)
+    query, grad = torch.randn(2, 4, 1, 8, dtype=torch.float64), torch.randn(2, 4, 1, 8, dtype=torch.float64)
+    found, *rest = split(key, value, index)
+    new = torch.randn(2, 2, 2, 5, 8, dtype=torch.float64)
+    here = torch.nn.functional.pad(rest[2] + 1, (0, 5), value=9) - 1
+    new_key, new_value = (torch.cat(x, dim=2) for x in zip(rest[:2], new, strict=True))
+    all_key, all_value = (torch.cat(x, dim=2) for x in zip((key, value), new, strict=True))
+    everything = torch.nn.functional.pad(index + 1, (0, 5), value=9) - 1
+    found_all = []
+    for of_blocks in (True, False):
+        q = query.clone().requires_grad_()
+        if not of_blocks:
+            out, lse = attend(q, all_key, all_value, everything)
+        elif (here >= 0).all():
+            out, lse = found.attend(q, None, new_key, new_value)
+            # Without gradients by a kernel of its own.
+            close(found.attend(query, None, new_key, new_value), (out.detach(), lse.detach()))
+        else:
+            out, lse = fastprompt.ops.merge_states(*found.attend(q), *attend(q, new_key, new_value, here))
+        found_all.append((out.detach(), lse.detach(), *torch.autograd.grad((out * grad).sum() + lse.sum(), q)))
+    close(*found_all, 1e-13)
 
 
 def test_samples_of_blocks_can_be_chosen(size):
@@ -266,7 +303,7 @@ def test_samples_of_different_lengths_free_memory_too(size, monkeypatch):
     # 15, 10 and 6 keys a head: blocks of 3 leave one.
     counts = [[n // size] * 2 for n in (15, 10, 6)]
     assert all(x.blocks.counts == counts and x.physical == (size == 3) + 3 for x in cache.layers)
-    assert [x.kept for x in cache.stats()] == [14 if size == 3 else 3 + 11] * 3
+    assert [x.kept for x in cache.stats()] == [15 + (size == 3) + 3] * 3
     want, _ = stepwise(other, batch, 3, before=lambda: recorded.apply(other))
     assert_close({"": got}, {"": want})
 
@@ -286,8 +323,8 @@ def test_bytes(size):
         # 22 blocks of three; two slots a head for the rest, with a bool for each slot; whose block it is, and a table.
         layer = 2 * 8 * 4 * (66 + 6 * (2 + 5)) + 6 * (2 + 5) + 8 * (22 + 6 * 10)
     assert cache.nbytes() == 3 * layer
-    # The mean of the heads, rounded up.
-    assert [x.kept for x in cache.stats()] == [12 if size == 1 else 2 + 11] * 3
+    # The mean of the heads of the last sample, rounded up; or its ten blocks and two slots.
+    assert [x.kept for x in cache.stats()] == [16 if size == 1 else 15 + 2] * 3
 
 
 def test_budgets_of_its_own_cannot_be_compressed_again():

@@ -109,7 +109,7 @@ class Blocks:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    nothing = key.new_empty(1, 0, key.shape[-1])
+    nothing = key.new_empty(key.shape[1], 0, key.shape[-1])
     out, lse = prompt_attention(query, key, value, nothing, nothing, scale=scale, return_lse=True)
     return out, lse
 

@@ -300,11 +300,11 @@ class CompressedLayer(DynamicLayer):
 
     @property
     def kept(self) -> int:
-        """Number of slots a key head, those in ``blocks`` too; their mean, rounded up."""
+        """Number of slots a key head, those in ``blocks`` too: the mean of the heads, of the sample that has most."""
         if self.blocks is None:
             return self.physical
-        slots, heads = len(self.blocks.key) * self.blocks.key.shape[1], self.keys.shape[0] * self.keys.shape[1]
-        return self.physical + -(-slots // heads)
+        most = max(sum(of_heads) for of_heads in self.blocks.counts) * self.blocks.key.shape[1]
+        return self.physical + -(-most // self.keys.shape[1])
 
     def nbytes(self) -> int:
         """Bytes of all tensors that this layer holds."""
