@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "H2O": "cache.policies",
     "TOVA": "cache.policies",
+    "AdaKV": "cache.adakv",
     "AssetError": "errors",
     "AttachError": "errors",
     "CLIPClassifier": "recipes.clip_classifier",
@@ -46,14 +47,15 @@ _WHERE = {
 }
 
 __all__ = [
-    "H2O", "IVLP", "TOVA", "VPT", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError", "CoCoOp", "CoOp",
-    "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV", "PromptCache", "Random",
-    "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach", "check_finite", "compress",
-    "explain", "load", "nn", "ops", "recipes",
+    "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError", "CoCoOp",
+    "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV", "PromptCache",
+    "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach", "check_finite",
+    "compress", "explain", "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from fastprompt import nn, ops, recipes
+    from fastprompt.cache.adakv import AdaKV
     from fastprompt.cache.policies import H2O, TOVA, KeyDiff, LookM, Random, SnapKV, StreamingLLM
     from fastprompt.cache.policy import Decoding
     from fastprompt.errors import (

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastprompt.errors import ImplUnavailableError
-from fastprompt.ops import prompt_attention
+from fastprompt.ops import compress_kv, key_scores, prompt_attention
 from fastprompt.ops.dispatch import choose, tuned_file
 
 
@@ -48,9 +48,10 @@ class Shape:
 def warmup(shape: Shape, device: str = "cuda") -> None:
     """Run forward and backward once through the Triton kernels, with gradients of all five inputs and no mask.
 
-    Prompts come in the dtype of the query and in float32, as trained ones do. Compiled kernels are kept on disk by
-    Triton, so one call serves later processes on the same machine. Masks, packed sequences and prompt banks are
-    variants of their own and compile when they are first used.
+    Prompts come in the dtype of the query and in float32, as trained ones do. Then keys are scored and merged, as a
+    compressing cache does it, with and without padding. Compiled kernels are kept on disk by Triton, so one call serves
+    later processes on the same machine. Masks in attention, packed sequences and prompt banks are variants of their own
+    and compile when they are first used.
 
     Args:
         shape: What to run; a kernel is compiled for a dtype, a head size, and the padded sizes of its tiles.
@@ -62,6 +63,7 @@ def warmup(shape: Shape, device: str = "cuda") -> None:
     _check(shape, device)
     for prompts in dict.fromkeys((shape.dtype, torch.float32)):
         _forward_backward(shape.tensors(device, prompts), shape)()
+    _compress(shape, device)
 
 
 def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] | None = None) -> Path:
@@ -134,3 +136,14 @@ def _forward_backward(inputs: list[Tensor], shape: Shape) -> Callable[[], tuple[
         return torch.autograd.grad(out, inputs, torch.ones_like(out))  # type: ignore[arg-type]
 
     return step
+
+
+@torch.no_grad()
+def _compress(shape: Shape, device: str) -> None:
+    """Score and merge as the policies do: of all queries or some, of a prompt or a padded batch of them."""
+    query, key, value = (x.detach() for x in shape.tensors(device)[:3])
+    lse = torch.zeros(query.shape[:3], device=device)
+    valid = torch.ones(len(key), shape.tokens, dtype=torch.bool, device=device)
+    for query_mask, key_mask in ((None, None), (valid, None), (valid, valid)):
+        scores = key_scores(query, key, lse, query_mask=query_mask, key_mask=key_mask, impl="triton")
+    compress_kv(key, value, scores, math.ceil(shape.tokens / 2), merge="pivot", impl="triton")

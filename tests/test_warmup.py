@@ -2,16 +2,18 @@
 """`fastprompt warmup`: kernels run once ahead of time, tiles are tuned only when asked."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import TRITON_DEVICE
 
-from fastprompt import cli
+from fastprompt import H2O, TOVA, SnapKV, cli, config
+from fastprompt.cache import Observed, compress
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.kernels import configs
 from fastprompt.kernels.launch import Launch
-from fastprompt.ops import dispatch
+from fastprompt.ops import dispatch, key_scores
 from fastprompt.warmup import Shape, tune, warmup
 
 SHAPE = Shape(batch=1, heads=2, heads_kv=1, tokens=5, head_dim=16, prompts=3, dtype=torch.float32)
@@ -30,7 +32,41 @@ def test_every_kernel_runs_once(monkeypatch):
     run = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self.kernel.__name__), run(self))[1])
     warmup(SHAPE, TRITON_DEVICE)
-    assert set(seen) == {f"{name}_kernel" for name in (*configs.KERNELS, "delta", "reduce")}
+    compressing = ("scores", "nearest", "merge")
+    assert set(seen) == {f"{name}_kernel" for name in (*configs.KERNELS, "delta", "reduce", *compressing)}
+    assert set(configs.KERNELS) | set(compressing) >= {name for name, _ in configs.TABLE}
+
+
+def test_keys_are_scored_and_merged_in_the_variants_of_a_cache(monkeypatch):
+    """Every form in which a cache calls `scores_kernel`: masks are there or not, and pointers that are None compile."""
+    seen = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self), run(self))[1])
+    causal = replace(SHAPE, is_causal=True, tokens=9)
+    warmup(causal, TRITON_DEVICE)
+
+    def forms(launches):
+        names = ("query_mask", "key_mask")
+        return {
+            (tuple(x.arguments[n] is None for n in names), x.constants["CAUSAL"], x.constants["VISIBLE"],
+             x.constants["REDUCE"], x.constants["D"])
+            for x in launches
+            if x.kernel.__name__ == "scores_kernel"
+        }  # fmt: skip
+
+    warm = forms(seen)
+    seen.clear()
+    query, key, value, *_ = (x.detach() for x in causal.tensors(TRITON_DEVICE))
+    lse, valid = torch.zeros(1, 2, 9, device=TRITON_DEVICE), torch.arange(9, device=TRITON_DEVICE)[None] >= 2
+    monkeypatch.setattr(config, "IMPL", "triton")
+    for mask in (None, valid):
+        for rows in (9, 4):
+            last = {"query": query[:, :, -rows:], "lse": lse[:, :, -rows:]}
+            sums = key_scores(**last, key=key, query_mask=None if mask is None else mask[:, -rows:], key_mask=mask)
+            observed = Observed(key, value, mask, None, sums, **last)
+            for policy in (H2O(0.2, 0.2), SnapKV(0.5, window=4), TOVA(0.5)):
+                compress(policy, observed)
+    assert forms(seen) == warm
 
 
 def test_the_fastest_candidate_is_kept(tuned, capsys):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastprompt.cache.observed import Observed
 from fastprompt.cache.policy import Policy
+from fastprompt.cache.ranks import ranks
 
 MERGES = ("drop", "average", "pivot", "weighted")
 
@@ -33,18 +34,6 @@ def _check_count(name: str, value: int, low: int = 1) -> None:
 
 def _count(share: float, length: int) -> int:
     return share if isinstance(share, int) else int(share * length)
-
-
-def _order(score: Tensor, first: Tensor) -> Tensor:
-    """A score that puts keys with ``first`` (bool ``[B,T]``) before all others and orders both kinds as ``score`` does.
-
-    Ranks, and no constant added to a score: in float32 a large one would wipe out the order of the others.
-    """
-    order = score.sort(dim=-1, descending=True, stable=True).indices
-    tier = first[:, None].expand_as(score).gather(-1, order).byte()
-    order = order.gather(-1, tier.sort(dim=-1, descending=True, stable=True).indices)
-    ranks = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return -torch.empty_like(order).scatter_(-1, order, ranks).float()
 
 
 @dataclass(frozen=True)
@@ -127,6 +116,11 @@ class LookM(_Heavy):
         return self.text_prior
 
     @property
+    def comparable(self) -> bool:
+        """Sums are, ranks are not."""
+        return not self.text_prior or self.overflow == "keep"
+
+    @property
     def merging(self) -> tuple[str, bool]:
         """As ``merge`` and ``merge_keys`` say."""
         return self.merge, self.merge_keys
@@ -134,7 +128,10 @@ class LookM(_Heavy):
     def score(self, seen: Observed) -> Tensor:
         """Column sums; under ``overflow="cap"`` ranks by them, text first."""
         sums = seen.column_sums()
-        return _order(sums, self._text(seen)) if self.text_prior and self.overflow == "cap" else sums
+        if self.comparable:
+            return sums
+        images = ~self._text(seen)[:, None].expand_as(sums)
+        return -ranks(sums, images.byte()).float()
 
     def budget(self, seen: Observed) -> list[int] | Tensor:
         """The shares; more where all text is to stay."""
@@ -175,6 +172,11 @@ class H2O(_Heavy):
         >>> fastprompt.H2O(recent=32, important=0.2)
         H2O(recent=32, important=0.2)
     """
+
+    @property
+    def comparable(self) -> bool:
+        """Yes."""
+        return True
 
     def score(self, seen: Observed) -> Tensor:
         """Column sums over the number of queries that may see the key."""
@@ -231,6 +233,11 @@ class SnapKV(_Keep):
     def rows(self) -> int | None:
         """The window."""
         return self.window
+
+    @property
+    def comparable(self) -> bool:
+        """Yes."""
+        return True
 
     def score(self, seen: Observed) -> Tensor:
         """Pooled attention of the window; inside it, the place."""

@@ -16,7 +16,7 @@ class Policy:
     """A rule that ranks the keys of a layer and says how many of them stay.
 
     A frozen dataclass whose repr is its config. To write one, inherit, and give `score` and `budget`; the rest has
-    defaults. Scores order the keys of one key head; they are never compared between heads or samples.
+    defaults. Scores order the keys of one key head; only `AdaKV` compares them between heads.
     """
 
     @property
@@ -32,6 +32,16 @@ class Policy:
     @property
     def keeps_all(self) -> bool:
         """The budget is the whole prompt, however long it is."""
+        return False
+
+    @property
+    def comparable(self) -> bool:
+        """Scores of different heads of a sample mean the same, such as attention, and differ."""
+        return False
+
+    @property
+    def per_head(self) -> bool:
+        """Heads get budgets of their own."""
         return False
 
     @property
@@ -102,36 +112,14 @@ def compress(policy: Policy, seen: Observed, budget: list[int] | Tensor | None =
 
 
 @dataclass(frozen=True)
-class Decoding(Policy):
-    """Compresses during decoding, too: after ``every`` generated tokens the cache returns to the prompt's budget.
-
-    Queries that a window looks at are then those of the tokens since the last time.
-
-    Args:
-        policy: What ranks keys; one that reads all queries of a prompt (`LookM`, `H2O`) cannot.
-        every: Number of generated tokens.
-
-    Example:
-        >>> import fastprompt
-        >>> fastprompt.Decoding(fastprompt.StreamingLLM(keep=256), every=32)
-        Decoding(policy=StreamingLLM(keep=256, sinks=4), every=32)
-    """
+class Around(Policy):
+    """A policy around another; as that one in all that it does not change."""
 
     policy: Policy
-    every: int = 64
 
     def __post_init__(self):
         if not isinstance(self.policy, Policy):
-            raise TypeError(f"policy: got {self.policy!r}, expected a policy such as StreamingLLM(keep=256)")
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every: got {self.every!r}, expected an integer >= 1")
-        if self.policy.interval is not None:
-            raise ValueError(f"policy: got {self.policy!r}, which compresses during decoding already")
-        if self.policy.rows is None:
-            raise ValueError(
-                f"policy: {type(self.policy).__name__} ranks keys by all queries of the prompt, which nobody has "
-                "during decoding; use one that reads none (StreamingLLM, KeyDiff) or the last ones (SnapKV, TOVA)"
-            )
+            raise TypeError(f"policy: got {self.policy!r}, expected a policy such as SnapKV(keep=1024)")
 
     @property
     def rows(self) -> int | None:
@@ -139,14 +127,19 @@ class Decoding(Policy):
         return self.policy.rows
 
     @property
+    def reads_text(self) -> bool:
+        """As the policy inside."""
+        return self.policy.reads_text
+
+    @property
+    def keeps_all(self) -> bool:
+        """As the policy inside."""
+        return self.policy.keeps_all
+
+    @property
     def merging(self) -> tuple[str, bool]:
         """As the policy inside."""
         return self.policy.merging
-
-    @property
-    def interval(self) -> int | None:
-        """As ``every`` says."""
-        return self.every
 
     def score(self, seen: Observed) -> Tensor:
         """As the policy inside."""
@@ -159,3 +152,44 @@ class Decoding(Policy):
     def protect(self, seen: Observed) -> Tensor | None:
         """As the policy inside."""
         return self.policy.protect(seen)
+
+
+@dataclass(frozen=True)
+class Decoding(Around):
+    """Compresses during decoding, too: after ``every`` generated tokens the cache returns to the prompt's budget.
+
+    Queries that a window looks at are then those of the tokens since the last time.
+
+    Args:
+        policy: What ranks keys; one that reads all queries of a prompt (`LookM`, `H2O`) cannot, nor can `AdaKV`.
+        every: Number of generated tokens.
+
+    Example:
+        >>> import fastprompt
+        >>> fastprompt.Decoding(fastprompt.StreamingLLM(keep=256), every=32)
+        Decoding(policy=StreamingLLM(keep=256, sinks=4), every=32)
+    """
+
+    every: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every: got {self.every!r}, expected an integer >= 1")
+        if self.policy.interval is not None:
+            raise ValueError(f"policy: got {self.policy!r}, which compresses during decoding already")
+        if self.policy.per_head:
+            raise ValueError(
+                f"policy: {type(self.policy).__name__} gives heads budgets of their own, which cannot be compressed "
+                "again during decoding; use the policy inside it"
+            )
+        if self.policy.rows is None:
+            raise ValueError(
+                f"policy: {type(self.policy).__name__} ranks keys by all queries of the prompt, which nobody has "
+                "during decoding; use one that reads none (StreamingLLM, KeyDiff) or the last ones (SnapKV, TOVA)"
+            )
+
+    @property
+    def interval(self) -> int | None:
+        """As ``every`` says."""
+        return self.every

@@ -13,8 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from fastprompt.cache import Blocks
 from fastprompt.errors import UnsupportedModelError
-from fastprompt.ops import prompt_attention
+from fastprompt.ops import merge_states, prompt_attention
 
 #: The registered name; without "sdpa", "flash" or "/", which transformers gives a meaning.
 NAME = "fastprompt"
@@ -33,6 +34,10 @@ _observers: list[Callable] = []
 
 class CacheLayer(Protocol):
     """What attention asks of a layer of a compressing cache, and tells it."""
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Keys that the layer holds apart from those that it returned; every query sees those of its head."""
 
     @property
     def wanted(self) -> int | None:
@@ -103,8 +108,8 @@ def attention(
         attention_mask = layer.mask(query, attention_mask)
     child = getattr(module, CHILD, None)
     prompt = None if child is None else child.key_value()
-    wanted = 0 if layer is None else layer.wanted
-    if prompt is None and wanted is not None:
+    wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)
+    if prompt is None and wanted is not None and blocks is None:
         found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -116,18 +121,37 @@ def attention(
             f"dropout: got {dropout} at an attention module with prompts or a compressing cache, expected 0.0; call "
             "model.eval(), or set the attention dropout of the model's config to 0 before the model is built or loaded"
         )
-    if prompt is None:
-        prompt = (_nothing(key),) * 2
+    if blocks is not None and prompt is None and attention_mask is None:
+        # One new token for every sample, the usual step.
+        out, lse = blocks.attend(query, scaling, key, value)
+    else:
+        out, lse = _attend(module, query, key, value, attention_mask, scaling, is_causal, prompt)
+        if blocks is not None:
+            out, lse = merge_states(out, lse, *blocks.attend(query, scaling))
+    if layer is not None:
+        layer.attended(query, lse, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    is_causal: bool | None,
+    prompt: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B,Hq,Tq,D]`` and log-sum-exp over prompt and keys."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
         # An empty static cache, filled from the front: what is behind the queries is not written yet.
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
+    prompt = prompt or (_nothing(key),) * 2
     options: dict[str, Any] = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling, "return_lse": True}
-    out, lse = cast(tuple[Tensor, Tensor], prompt_attention(query, key, value, *prompt, **options))
-    if layer is not None:
-        layer.attended(query, lse, scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return cast(tuple[Tensor, Tensor], prompt_attention(query, key, value, *prompt, **options))
 
 
 def _last(

@@ -22,7 +22,10 @@ from fastprompt.hf.switch import engage, image_tokens, plain_layers
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What one layer of a cache holds: tokens ``seen``, slots ``kept`` a key head, and ``nbytes`` of memory."""
+    """What one layer of a cache holds: tokens ``seen``, slots ``kept`` a key head, and ``nbytes`` of memory.
+
+    Where heads keep different numbers ``kept`` is their mean, rounded up; where samples do, it is that of the largest.
+    """
 
     layer: int
     seen: int
@@ -144,7 +147,7 @@ class PromptCache(Cache):
     def stats(self) -> list[LayerStats]:
         """What every compressed layer holds."""
         return [
-            LayerStats(i, x.seen, x.physical, x.nbytes())
+            LayerStats(i, x.seen, x.kept, x.nbytes())
             for i, x in enumerate(self.layers)
             if isinstance(x, CompressedLayer)
         ]

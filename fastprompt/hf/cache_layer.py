@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from fastprompt.cache import Observed, Policy, compress, suffices
+from fastprompt.cache import Blocks, Observed, Policy, compress, split, suffices
 from fastprompt.errors import AttachError, UnsupportedModelError
 from fastprompt.hf.attention import NAME, hand_over
 from fastprompt.ops import key_scores
@@ -79,8 +79,9 @@ class CompressedLayer(DynamicLayer):
     """Keys and values of one full-attention layer under a policy.
 
     Until `settle`, all states are kept and returned; attention hands over the queries that the policy reads. After it,
-    what the policy keeps lies in a buffer ``[B,Hkv,capacity,D]`` in which new states are written in place. Positions
-    are never changed: `get_seq_length` is the number of tokens seen.
+    what the policy keeps lies in a buffer ``[B,Hkv,capacity,D]`` in which new states are written in place. Where heads
+    (or samples) keep different numbers of keys, whole blocks of them lie in ``blocks`` instead, which attention joins.
+    Positions are never changed: `get_seq_length` is the number of tokens seen.
     """
 
     is_compileable = False
@@ -104,6 +105,7 @@ class CompressedLayer(DynamicLayer):
         # Tokens written since keys were last dropped.
         self.since = 0
         self._waiting = False
+        self.blocks: Blocks | None = None
         self._sums: Tensor | None = None
         self._query: Tensor | None = None
         self._lse: Tensor | None = None
@@ -239,6 +241,8 @@ class CompressedLayer(DynamicLayer):
             self._target = torch.as_tensor(budget)
         if not suffices(budget, seen):
             key, value, index = compress(self.policy, seen, budget)
+            if self.interval is None:
+                self.blocks, key, value, index = split(key, value, index)
             kept = index >= 0
             self._store(key, value, None if bool(kept.all()) else kept)
         elif not self.settled:
@@ -291,19 +295,30 @@ class CompressedLayer(DynamicLayer):
 
     @property
     def physical(self) -> int:
-        """Number of slots that hold states."""
+        """Number of slots that hold states, ``blocks`` apart."""
         return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def kept(self) -> int:
+        """Number of slots a key head, those in ``blocks`` too: the mean of the heads, of the sample that has most."""
+        if self.blocks is None:
+            return self.physical
+        most = max(sum(of_heads) for of_heads in self.blocks.counts) * self.blocks.key.shape[1]
+        return self.physical + -(-most // self.keys.shape[1])
 
     def nbytes(self) -> int:
         """Bytes of all tensors that this layer holds."""
         states = (self.keys, self.values) if self._buffers is None else self._buffers
         held = (*states, self._sums, self._query, self._lse, self._valid)
-        return sum(x.nbytes for x in held if x is not None)
+        apart = 0 if self.blocks is None else self.blocks.nbytes()
+        return apart + sum(x.nbytes for x in held if x is not None)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.seen:
             return
         length = self.physical
+        if self.blocks is not None:
+            self.blocks = self.blocks.select(change(torch.arange(len(self.keys))).tolist())
         for name in ("_sums", "_query", "_lse", "_valid", "_target"):
             x = getattr(self, name)
             if x is not None:
