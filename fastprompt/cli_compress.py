@@ -16,9 +16,9 @@ from fastprompt.cli_tune import add_cache_dir, add_device, device_of
 if TYPE_CHECKING:
     from fastprompt.cache import Policy
 
-POLICIES = ("lookm", "h2o", "snapkv", "tova", "streamingllm", "keydiff", "random")
+POLICIES = ("lookm", "h2o", "snapkv", "adakv", "tova", "streamingllm", "keydiff", "random")
 TASKS = ("passkey", "loss")
-COLOURS = ("#2f7f8f", "#d98a5b", "#7b6fb0", "#5a9e5f", "#c25b6a", "#8a6d4b", "#777777")
+COLOURS = ("#2f7f8f", "#d98a5b", "#7b6fb0", "#b59ad6", "#5a9e5f", "#c25b6a", "#8a6d4b", "#777777")
 #: Tokens of real text that are predicted behind the compressed prompt.
 PREDICTED = 256
 
@@ -66,6 +66,7 @@ def make_policy(name: str, ratio: float) -> Policy:
         "lookm": lambda: fastprompt.LookM(recent=keep / 2, important=keep / 2, text_prior=False),
         "h2o": lambda: fastprompt.H2O(recent=keep / 2, important=keep / 2),
         "snapkv": lambda: fastprompt.SnapKV(keep=keep),
+        "adakv": lambda: fastprompt.AdaKV(fastprompt.SnapKV(keep=keep)),
         "tova": lambda: fastprompt.TOVA(keep=keep),
         "streamingllm": lambda: fastprompt.StreamingLLM(keep=keep),
         "keydiff": lambda: fastprompt.KeyDiff(keep=keep),
