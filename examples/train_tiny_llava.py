@@ -45,7 +45,7 @@ class Recipe:
 
     align_steps: int = 500
     align_lr: float = 1e-3
-    steps: int = 600
+    steps: int = 360
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
@@ -140,7 +140,7 @@ class Training:
         return far / (words - words.mean(dim=0)).square().mean()
 
     def answer_loss(self, pictures: int) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the answers in contexts of ``pictures``, asked in random order; and the share that is right."""
+        """Cross-entropy of the answers in contexts of ``pictures``, asked in random order; and the share right."""
         contexts = self.recipe.images // pictures
         features, kinds = self.draw(contexts * pictures)
         kinds = kinds.view(contexts, pictures)

@@ -56,11 +56,11 @@ class PictureQuestions(NamedTuple):
 
 
 def context_text(pictures: int) -> str:
-    """The prompt that shows pictures.
+    r"""The prompt that shows pictures.
 
     Example:
         >>> context_text(2)
-        'Picture 1: <image>\\nPicture 2: <image>\\n'
+        'Picture 1: <image>\nPicture 2: <image>\n'
     """
     return "".join(_SHOWN.format(place=place + 1, image=IMAGE) for place in range(pictures))
 

@@ -30,6 +30,8 @@ from fastprompt.hf.images import IMAGENET
 from fastprompt.hf.smollm2 import load_smollm2
 
 FOLDER = Path(__file__).parents[1] / "data" / "tiny_llava"
+#: Names of the assets that the towers are.
+ASSETS = ("dinov2-small", "smollm2-135m")
 WEIGHTS, ATTRIBUTION = "projector.safetensors", "ATTRIBUTION.md"
 #: Pixels a side of a picture, and tokens that it takes.
 IMAGE_SIZE, IMAGE_TOKENS = 112, 64
@@ -67,7 +69,7 @@ class TinyLlavaProcessor:
     image_size: int = IMAGE_SIZE
 
     def __call__(self, text: str | Sequence[str], images: Sequence[Any] = ()) -> BatchFeature:
-        """Return ``input_ids`` and ``attention_mask`` ``[B,T]``, padded on the left, and ``pixel_values`` ``[N,3,H,W]``.
+        """Return ``input_ids`` and ``attention_mask`` ``[B,T]``, padded on the left, and ``pixel_values`` [N,3,H,W].
 
         Args:
             text: one or B texts; every ``<image>`` becomes the tokens of one picture.
@@ -141,7 +143,7 @@ def load_tiny_llava(
         raise CheckpointError(
             f"folder: {source} is no whole projector ({error}); expected what save_tiny_llava writes"
         ) from error
-    return model.to(dtype), processor
+    return model.to(dtype=dtype), processor
 
 
 def save_tiny_llava(model: LlavaForConditionalGeneration, folder: str | Path) -> Path:
@@ -161,7 +163,7 @@ def build_tiny_llava(
     """The two towers in one model, frozen and in float32, with a projector that is drawn from torch's generator."""
     vision = load_dinov2_small(assets.entry("dinov2-small", cache_dir=cache_dir))
     language, tokenizer = load_smollm2(assets.entry("smollm2-135m", cache_dir=cache_dir))
-    image_token = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+    image_token: Any = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
     return join_towers(vision, language, image_token), TinyLlavaProcessor(tokenizer, image_token)
 
 
