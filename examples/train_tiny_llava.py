@@ -4,9 +4,10 @@
     fastprompt assets fetch dinov2-small smollm2-135m openmoji emoji-names
     python examples/train_tiny_llava.py --out runs/tiny-llava
 
-Both towers are frozen. First every patch of a picture is taught to look like the word of its kind; then the language
-model reads several pictures and is asked for each of them. Ctrl-C saves; the same command goes on from there.
-Test drawings are read for the accuracy at the end alone.
+Both towers are frozen, and what the vision tower makes of a few hundred views of each kind is kept. First every patch
+of a picture is taught to look like the word of its kind; then the language model reads several pictures and is asked
+for each of them. Ctrl-C saves; the same command goes on from there. Test drawings are read for the accuracy at the end
+alone.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Training:
         self.params = list(self.projector.parameters())
         self.embedding = model.get_input_embeddings()
         seed_rng(recipe.seed, [])
-        #: Patches of every kind ``[K,views,P,C]``: the towers are frozen, so that each view is seen by one but once.
+        #: Patches of every kind ``[K,views,P,C]``; the tower is frozen and sees each view once.
         self.bank = torch.stack([self._views(drawings[kind]) for kind in self.kinds])
         self._initialise()
         self.optimizer = torch.optim.AdamW(self.params, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -187,8 +188,8 @@ class Training:
                 while self.step < self.total:
                     with hold_interrupts():
                         row = self._take_step()
-                    with open(self.log, "a", encoding="utf-8") as log:
-                        log.write(json.dumps(row) + "\n")
+                        with open(self.log, "a", encoding="utf-8") as log:
+                            log.write(json.dumps(row) + "\n")
                     bar.set_postfix(row, refresh=False)
                     bar.update()
                     if self.step == self.total or self.step % 100 == 0:

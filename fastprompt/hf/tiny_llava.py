@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from fastprompt.data import assets
 from fastprompt.data.pictures import IMAGE
@@ -134,7 +135,8 @@ def load_tiny_llava(
         CheckpointError: the folder has no whole projector.
         ImportError: ``onnx``, ``gguf`` or ``accelerate`` is not installed.
     """
-    model, processor = build_tiny_llava(cache_dir=cache_dir)
+    built: Any = build_tiny_llava(cache_dir=cache_dir)
+    model, processor = built
     source = (FOLDER if folder is None else Path(folder)) / WEIGHTS
     try:
         tensors = safetensors.torch.load_file(source)
@@ -143,7 +145,7 @@ def load_tiny_llava(
         raise CheckpointError(
             f"folder: {source} is no whole projector ({error}); expected what save_tiny_llava writes"
         ) from error
-    return model.to(dtype=dtype), processor
+    return model.to(dtype), processor
 
 
 def save_tiny_llava(model: LlavaForConditionalGeneration, folder: str | Path) -> Path:
@@ -168,7 +170,7 @@ def build_tiny_llava(
 
 
 def join_towers(vision: PreTrainedModel, language: PreTrainedModel, image_token: int) -> LlavaForConditionalGeneration:
-    """Put two models into one LLaVA; only the projector can be trained.
+    """Put two models into one LLaVA, whose parts they are from then on; only the projector can be trained.
 
     Args:
         vision: a backbone whose last hidden states begin with a CLS token.
@@ -179,12 +181,11 @@ def join_towers(vision: PreTrainedModel, language: PreTrainedModel, image_token:
         vision_config=vision.config, text_config=language.config, image_token_index=image_token,
         image_seq_length=IMAGE_TOKENS, vision_feature_layer=-1, vision_feature_select_strategy="default",
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(vision.state_dict())
-    model.model.language_model.load_state_dict(language.model.state_dict())
-    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower, model.model.language_model, model.lm_head = vision, language.model, language.lm_head
     model.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
+    model.model.multi_modal_projector = LlavaMultiModalProjector(config)
     model.generation_config.pad_token_id = language.config.pad_token_id
     model.generation_config.eos_token_id = language.config.eos_token_id
     return model.eval()
