@@ -123,7 +123,7 @@ def picture_questions(drawings: Mapping[str, Sequence[Path]], pictures: int, see
     Example:
         >>> task = picture_questions({"cat": [Path("a"), Path("b")], "dog": [Path("c")]}, pictures=3, seed=0)
         >>> task.answers, task.order
-        (('dog', 'cat', 'dog'), (0, 2, 1))
+        (('dog', 'dog', 'cat'), (1, 2, 0))
     """
     check_count("pictures", pictures)
     empty = [kind for kind, files in drawings.items() if not files]
