@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     cli_tune.add_eval_arguments(sub)
 
     sub = add("compress-eval", cli_compress.command,
-              "What a compressed KV cache still knows of a long prompt: a hidden number, and the loss of real text.",
+              "What a compressed KV cache still knows of a long prompt: a hidden number, the loss of real "
+              "text, or pictures.",
               "fastprompt compress-eval --policy lookm snapkv --ratio 0.8 --out runs/compress")  # fmt: skip
     cli_compress.add_arguments(sub)
 
