@@ -95,7 +95,7 @@ def command(args: argparse.Namespace) -> None:
             for run in tqdm(left, "compress-eval", unit="run"):
                 began = time.perf_counter()
                 measured = measure_pictures if run.task == "pictures" else measure
-                row = run._asdict() | measured(run, model, reader, args.cache_dir)
+                row = run._asdict() | measured(run, model, reader)
                 row |= {"seconds": round(time.perf_counter() - began, 2), "model": args.model, "dtype": args.dtype}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -159,10 +159,11 @@ def _mend(results: Path, args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, and its tokenizer or processor."""
+    """The model, and its tokenizer; or its processor, with the test drawings of every kind."""
     import torch
 
-    from fastprompt.data import assets
+    from fastprompt.data import assets, load_openmoji
+    from fastprompt.data.pictures import held_out_drawings
     from fastprompt.hf.language_models import SMOLLM2, load_language_model
     from fastprompt.hf.tiny_llava import ASSETS, load_tiny_llava
 
@@ -171,12 +172,17 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         if status.asset.name in wanted and status.state == "missing":
             assets.fetch(status.asset.name, cache_dir=args.cache_dir)
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "cache_dir": args.cache_dir}
-    found: Any = load_tiny_llava(**options) if args.model == TINY_LLAVA else load_language_model(args.model, **options)
-    model, reader = found
-    return model.to(device_of(args.device)), reader
+    found: Any
+    if args.model == TINY_LLAVA:
+        found = load_tiny_llava(**options)
+        model, processor = found
+        return model.to(device_of(args.device)), (processor, held_out_drawings(load_openmoji(cache_dir=args.cache_dir)))
+    found = load_language_model(args.model, **options)
+    model, tokenizer = found
+    return model.to(device_of(args.device)), tokenizer
 
 
-def measure(run: Run, model: Any, tokenizer: Any, cache_dir: str | None) -> dict[str, float]:
+def measure(run: Run, model: Any, tokenizer: Any) -> dict[str, float]:
     """1 or 0 for a number that is found or not; nats a token for real text."""
     from fastprompt.data.long_texts import excerpt, passkey
     from fastprompt.tuning.long_context import continuation_loss, recalls
@@ -188,13 +194,12 @@ def measure(run: Run, model: Any, tokenizer: Any, cache_dir: str | None) -> dict
     return {"value": continuation_loss(model, ids, run.length, policy)}
 
 
-def measure_pictures(run: Run, model: Any, processor: Any, cache_dir: str | None) -> dict[str, float]:
+def measure_pictures(run: Run, model: Any, reader: tuple[Any, dict[str, list[Path]]]) -> dict[str, float]:
     """Share of right answers about test drawings, and share of the keys that was kept."""
-    from fastprompt.data.openmoji import load_openmoji
-    from fastprompt.data.pictures import held_out_drawings, picture_questions
+    from fastprompt.data.pictures import picture_questions
     from fastprompt.tuning.pictures import answer_pictures
 
-    drawings = held_out_drawings(load_openmoji(cache_dir=cache_dir))
+    processor, drawings = reader
     seeds = range(CONTEXTS * run.seed, CONTEXTS * (run.seed + 1))
     tasks = [picture_questions(drawings, run.length, seed) for seed in seeds]
     policy = make_policy(run.policy, run.ratio, text_prior=True) if run.ratio else None

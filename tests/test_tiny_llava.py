@@ -410,8 +410,6 @@ def test_table_of_pictures():
 
 def test_runs_ask_about_other_pictures(drawings, monkeypatch):
     flat = {kind: [tones[0] for tones in emoji] for kind, emoji in drawings.items()}
-    monkeypatch.setattr("fastprompt.data.openmoji.load_openmoji", lambda cache_dir: None)
-    monkeypatch.setattr("fastprompt.data.pictures.held_out_drawings", lambda data: flat)
     asked = []
 
     def answer(model, processor, tasks, policy):
@@ -420,6 +418,6 @@ def test_runs_ask_about_other_pictures(drawings, monkeypatch):
 
     monkeypatch.setattr("fastprompt.tuning.pictures.answer_pictures", answer)
     for seed in (0, 1):
-        measured = measure_pictures(Run("pictures", "tova", 0.8, 2, 0.0, seed), None, None, None)
+        measured = measure_pictures(Run("pictures", "tova", 0.8, 2, 0.0, seed), None, (None, flat))
         assert measured == {"value": 0.5, "kept": 0.2}
     assert len(asked) == 20 and asked == [picture_questions(flat, 2, seed) for seed in range(20)]
