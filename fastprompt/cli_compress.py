@@ -139,9 +139,12 @@ def _rows(results: Path) -> list[dict[str, Any]]:
     rows = []
     for line in results.read_text().splitlines() if results.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
+            row = None
+        if not isinstance(row, dict):
             break
+        rows.append(row)
     return rows
 
 
@@ -154,7 +157,7 @@ def _mend(results: Path, args: argparse.Namespace) -> None:
                 f"--out: {results} holds runs of {row['model']} in {row['dtype']}, expected {args.model} in "
                 f"{args.dtype}; name another folder"
             )
-    if rows:
+    if results.exists():
         results.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -208,8 +211,10 @@ def measure_pictures(run: Run, model: Any, reader: tuple[Any, dict[str, list[Pat
 
 
 def _mean(rows: dict[Run, float], task: str, policy: str, ratio: float) -> float | None:
-    values = [v for run, v in rows.items() if (run.task, run.policy, run.ratio) == (task, policy, ratio)]
-    return statistics.mean(values) if values else None
+    """None where fewer or other prompts were measured than with the plain cache: means over them do not compare."""
+    values = {run[3:]: v for run, v in rows.items() if run[:3] == (task, policy, ratio)}
+    plain = {run[3:] for run in rows if run[:3] == (task, "none", 0.0)}
+    return statistics.mean(values.values()) if values and set(values) == plain else None
 
 
 def _kinds(rows: dict[Run, float], task: str) -> tuple[list[str], list[float]]:

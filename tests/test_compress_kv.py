@@ -207,6 +207,35 @@ def test_gradients(impl, merge):
     assert all(torch.isfinite(g).all() and g.any() for g in found)
 
 
+@pytest.mark.parametrize("merge", ["average", "pivot", "weighted"])
+def test_padding_reaches_no_gradient(merge):
+    key, value, scores = make(length=8)
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[0, :2] = False
+    key[0, :, :2] = value[0, :, :2] = torch.nan
+    inputs = (key.requires_grad_(), value.requires_grad_())
+    key, value, _ = compress_kv(*inputs, scores, 3, merge=merge, valid=valid)
+    for grad in torch.autograd.grad(key.square().sum() + value.sum(), inputs):
+        assert torch.isfinite(grad.masked_fill(~valid[:, None, :, None], 0.0)).all()
+
+
+@pytest.mark.parametrize("merge", ["drop", "average", "pivot", "weighted"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_permuting_keys_permutes_what_stays(impl, merge):
+    inputs = make()
+    device = TRITON_DEVICE if impl == "triton" else "cpu"
+    order = torch.randperm(12)
+    key, value, index = compress_kv(*to_device(inputs, device), 5, merge=merge, impl=impl)
+    mixed = [x[:, :, order] for x in inputs]
+    other_key, other_value, places = compress_kv(*to_device(mixed, device), 5, merge=merge, impl=impl)
+    # Where each kept key came from, and back into ascending order.
+    came = order.to(device)[places]
+    assert torch.equal(came.sort(dim=-1).values, index)
+    back = came.argsort(dim=-1).unsqueeze(-1)
+    for got, want in ((other_key, key), (other_value, value)):
+        torch.testing.assert_close(got.gather(2, back.expand_as(got)), want)
+
+
 def test_similarities_are_found_in_parts(monkeypatch):
     inputs = make(length=30)
     want = compress_kv(*inputs, 6, merge="weighted")

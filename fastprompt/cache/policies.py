@@ -33,7 +33,8 @@ def _check_count(name: str, value: int, low: int = 1) -> None:
 
 
 def _count(share: float, length: int) -> int:
-    return share if isinstance(share, int) else int(share * length)
+    # 0.29 * 100 is 28.999999999999996.
+    return share if isinstance(share, int) else int(share * length + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -358,6 +359,6 @@ class Random(_Keep):
 
     def score(self, seen: Observed) -> Tensor:
         """A number for every place of a sample, whatever is padded."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + seen.layer)
-        draws = torch.rand(max(seen.lengths), seen.key.shape[1], generator=generator).to(seen.key.device)
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + seen.layer)
+        draws = torch.rand(max(seen.lengths), seen.key.shape[1], generator=generator, device="cpu").to(seen.key.device)
         return draws[seen.place.clamp(min=0)].transpose(1, 2)

@@ -98,8 +98,8 @@ def compress(policy: Policy, seen: Observed, budget: list[int] | Tensor | None =
         torch.Size([1, 4, 3])
     """
     budget = policy.budget(seen) if budget is None else budget
-    lengths = torch.tensor(seen.lengths)
-    kept = torch.as_tensor(budget).cpu()
+    lengths = torch.tensor(seen.lengths, device="cpu")
+    kept = torch.as_tensor(budget, device="cpu")
     kept = torch.minimum(kept, lengths.view(-1, *[1] * (kept.dim() - 1)))
     # One number where there is one: nothing is padded then, and no device is waited for.
     low, high = (int(x) for x in kept.aminmax())
@@ -191,5 +191,5 @@ class Decoding(Around):
 
     @property
     def interval(self) -> int | None:
-        """As ``every`` says."""
-        return self.every
+        """As ``every`` says; None for a policy that keeps all."""
+        return None if self.policy.keeps_all else self.every

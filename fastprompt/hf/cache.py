@@ -102,11 +102,16 @@ class PromptCache(Cache):
             return
         batch, rows = states.shape[:2]
         tokens = self._tokens
+        if tokens.length == 0 and self._image_mask is not None:
+            # Beams and returned sequences repeat the batch.
+            if batch % self._image_mask.shape[0]:
+                raise _wrong_images(self._image_mask, batch, rows)
+            tokens.images = self._image_mask.repeat_interleave(batch // self._image_mask.shape[0], dim=0)
         if rows == 1 and tokens.length:
             self.finalize()
         if self._settled:
-            # One new token is never padding.
-            tokens.follow(rows, _valid(given, batch, tokens.length, rows) if rows > 1 else None)
+            _check_prompt(given, tokens)
+            tokens.follow(rows, _valid(given, batch, tokens.prompt, tokens.length - tokens.prompt + rows))
         else:
             text = None
             if ids is not None and self.policy.reads_text and self._image_mask is None:
@@ -118,23 +123,16 @@ class PromptCache(Cache):
         tokens = self._tokens
         if not tokens.length:
             return
-        if self._image_mask is not None and not self._settled:
-            tokens.text = ~self._expanded(self._image_mask)
+        if tokens.images is not None and not self._settled:
+            if tokens.images.shape[1] not in (tokens.length, tokens.length + 1):  # the last token may be a chunk
+                raise _wrong_images(tokens.images, len(tokens.images), tokens.length)
+            tokens.text = ~tokens.images[:, : tokens.length]
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
                 layer.settle()
-        self._settled, tokens.valid, tokens.text = True, None, None
-
-    def _expanded(self, mask: Tensor) -> Tensor:
-        """The mask of images for every sample; beams and returned sequences repeat the batch."""
-        keys = next(x.keys for x in self.layers if isinstance(x, CompressedLayer))
-        batch = len(keys)
-        if mask.shape[1] != self._tokens.length or batch % mask.shape[0]:
-            raise ValueError(
-                f"image_mask: got shape {list(mask.shape)}, expected [{batch},{self._tokens.length}], one for every "
-                "token of the prompt"
-            )
-        return mask.to(keys.device).repeat_interleave(batch // mask.shape[0], dim=0)
+        if not self._settled:
+            tokens.end()
+        self._settled = True
 
     def close(self) -> None:
         """Put the model's attention back; the cache cannot be used any more. Closing twice is fine."""
@@ -217,6 +215,25 @@ def check_policy(model: PreTrainedModel, policy: Policy, image_mask: Tensor | No
         raise ValueError(
             f"policy: {type(policy).__name__}(text_prior=True) ranks text before images, but the config of "
             f"{type(model).__name__} names no image token; use text_prior=False, or PromptCache(..., image_mask=...)"
+        )
+
+
+def _wrong_images(mask: Tensor, batch: int, length: int) -> ValueError:
+    return ValueError(
+        f"image_mask: got shape {list(mask.shape)}, expected [{batch},{length}], one for every token of the prompt"
+    )
+
+
+def _check_prompt(given: Mapping[str, Any], tokens: Tokens) -> None:
+    """A mask cannot hide what was compressed with the rest."""
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.length:
+        return
+    visible = mask[:, : tokens.prompt].bool().sum(dim=1)
+    if bool((visible != (tokens.prompt if tokens.counted is None else tokens.counted.to(mask.device))).any()):
+        raise ValueError(
+            f"attention_mask: got other zeros among the {tokens.prompt} tokens of the prompt than when it was read, "
+            "expected the same: compressed keys cannot be hidden; make a new PromptCache"
         )
 
 

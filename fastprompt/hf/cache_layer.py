@@ -26,7 +26,10 @@ class Tokens:
         length: How many there are, those of the running forward included.
         valid: bool ``[B,length]``, False at padding; None where nothing is padded. Of the prompt alone.
         text: bool ``[B,length]``, False at image tokens; None where the policy does not ask, or ids were not given.
-        new: bool ``[B,q]`` of the running forward after the prompt; None where nothing is padded.
+        images: bool ``[B,length]``, True at image tokens, where the user says which they are.
+        prompt: How many tokens the prompt had, once it is over.
+        counted: int64 ``[B]``, how many of those are no padding; None where nothing is padded.
+        new: bool ``[B,length - prompt]`` of the tokens after the prompt; None where no mask ever hid one.
         causal_until: Up to which length the model's mask was seen to be causal.
     """
 
@@ -38,6 +41,9 @@ class Tokens:
         self.length = 0
         self.valid: Tensor | None = None
         self.text: Tensor | None = None
+        self.images: Tensor | None = None
+        self.prompt = 0
+        self.counted: Tensor | None = None
         self.new: Tensor | None = None
         self.causal_until = 0
 
@@ -54,10 +60,18 @@ class Tokens:
             self.text = None if text is None or self.text is None else torch.cat([self.text, text], dim=1)
         self.length += rows
 
+    def end(self) -> None:
+        """The prompt is over."""
+        self.prompt = self.length
+        self.counted = None if self.valid is None else self.valid.sum(dim=1)
+        self.valid = self.text = None
+
     def follow(self, rows: int, valid: Tensor | None) -> None:
-        """Take note of tokens after the prompt."""
-        self.new = valid
+        """Take note of ``rows`` tokens after the prompt; ``valid`` tells of all since."""
         self.length += rows
+        if valid is None and self.new is not None:
+            valid = self.new.new_ones(len(self.new), self.length - self.prompt)
+        self.new = valid
 
     def reach(self, rows: int) -> int:
         """How many of the last positions hold every sample's last ``rows`` tokens."""
@@ -69,7 +83,7 @@ class Tokens:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the batch."""
-        for name in ("valid", "text", "new"):
+        for name in ("valid", "text", "images", "counted", "new"):
             x = getattr(self, name)
             if x is not None:
                 setattr(self, name, change(x))
@@ -119,7 +133,15 @@ class CompressedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Take the states of new tokens; returns those that attention is to run over."""
         rows = key_states.shape[2]
+        if torch.compiler.is_compiling():
+            raise UnsupportedModelError("model: got a compiled one, expected plain PyTorch: its cache changes in size")
         self._check(rows)
+        if self.seen and len(key_states) != len(self.keys):
+            raise ValueError(
+                f"past_key_values: got {len(key_states)} samples, expected {len(self.keys)}, as many as the cache holds"
+            )
+        # Under autocast, rotation leaves keys wider than values.
+        value_states = value_states.to(key_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.settled:
@@ -273,7 +295,9 @@ class CompressedLayer(DynamicLayer):
     def _append(self, key: Tensor, value: Tensor) -> None:
         """Write new states behind the others."""
         start, rows = self.physical, key.shape[2]
-        if self._buffers is None or start + rows > self._buffers[0].shape[2]:
+        # What inference mode made cannot be written to behind it.
+        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if self._buffers is None or frozen or start + rows > self._buffers[0].shape[2]:
             valid = None if self._valid is None else self._valid[:, :, :start]
             valid = None if valid is None else torch.nn.functional.pad(valid, (0, rows), value=True)
             self._store(torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2), valid)
@@ -281,12 +305,14 @@ class CompressedLayer(DynamicLayer):
             for buffer, new in zip(self._buffers, (key, value), strict=True):
                 buffer[:, :, start : start + rows] = new
             self._show(start + rows)
+        self.since += rows
         if self.tokens.new is not None and self._buffers is not None:
             if self._valid is None:
                 batch, _, capacity, _ = self._buffers[0].shape
                 self._valid = torch.ones(batch, 1, capacity, dtype=torch.bool, device=key.device)
-            self._valid[:, :, start : start + rows] = self.tokens.new.to(key.device)[:, None]
-        self.since += rows
+            # Masks may hide tokens of earlier turns later on.
+            last = self.tokens.new[:, -self.since :].to(key.device)
+            self._valid[:, :, start + rows - last.shape[1] : start + rows] = last[:, None]
 
     def _show(self, length: int) -> None:
         """Make ``keys`` and ``values`` views of the buffers' first slots."""
@@ -335,7 +361,8 @@ class CompressedLayer(DynamicLayer):
         if self._waiting:
             raise AttachError(
                 f"past_key_values: no {NAME!r} attention ran over the keys of layer {self.index} in the last forward; "
-                "either its attention implementation was switched, or the forward failed. Make a new PromptCache"
+                "its attention implementation was switched, the forward failed, or this model changes keys behind its "
+                "cache (then it cannot be compressed). Make a new PromptCache"
             )
         if self.seen + rows != self.tokens.length:
             raise AttachError(

@@ -109,9 +109,16 @@ def plain_layers(model: PreTrainedModel) -> list:
     """The layers of a plain cache of the decoder, at least one of which grows with the prompt (`DynamicLayer`).
 
     Raises:
-        UnsupportedModelError: none does.
+        UnsupportedModelError: none does, or layers share their keys.
     """
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    config = model.config.get_text_config(decoder=True)
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared:
+        raise UnsupportedModelError(
+            f"model: the last {shared} layers of {type(model).__name__} read keys that another layer keeps "
+            "(num_kv_shared_layers), which a compressing cache does not know"
+        )
+    layers = DynamicCache(config=config).layers
     if not any(type(x) is DynamicLayer for x in layers):
         raise UnsupportedModelError(
             f"model: the cache of {type(model).__name__} has {', '.join(sorted({type(x).__name__ for x in layers}))} "

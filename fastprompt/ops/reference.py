@@ -193,7 +193,9 @@ def merge_kv(
     if merge == "drop" or not index.shape[2]:
         return kept_key, kept_value
     leaving = evicted(index, key.shape[2], valid)
-    survivor, similarity = nearest_survivor(key, kept_key, index)
+    # Padding may be anything, and must not reach gradients either.
+    sound = key if valid is None else key.masked_fill(~valid[:, None, :, None], 0.0)
+    survivor, similarity = nearest_survivor(sound, kept_key, index)
     weight = similarity if merge == "weighted" else torch.full_like(similarity, 0.5 if merge == "pivot" else 1.0)
     weight = weight.where(leaving, 0.0)
     # One row axis for all heads; a pair that stays adds 0 to some survivor.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-# The level of a row that is not counted: exp(scale * LEAST) is 0 for any scale that a softmax has.
-LEAST = -1e30
+# The level of a row that is not counted: exp(scale * LEAST) is 0 for every scale above NO_SCALE; below, all scores are 0.
+LEAST, NO_SCALE = -1e30, 1e-20
 
 
 def forward(
@@ -52,15 +52,18 @@ def _sums(query: Tensor, key: Tensor, level: Tensor, is_causal: bool, scale: flo
     """Column sums ``[B,Hkv,G,Tk]`` over the last rows ``query [B,Hq,R,D]``; ``level [B,Hq,R]``, -inf: not counted."""
     batch, heads_kv, tk, dim = key.shape
     groups = query.shape[1] // heads_kv
-    if scale == 0:
+    if scale < NO_SCALE:
         query, scale = torch.zeros_like(query), 1.0
     dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
     # bfloat16 holds a level in three parts. AMX likes rows of whole 16 bytes.
     parts, step = (3, 8) if dtype == torch.bfloat16 else (1, 1)
     width = -(-(dim + parts) // step) * step
+    level = level.flip(2)
+    hidden = level.isinf()
     rows = query.new_zeros(*query.shape[:3], width, dtype=dtype)
-    rows[..., :dim] = query.flip(2)
-    rest = (level.flip(2) / -scale).masked_fill_(level.flip(2).isinf(), LEAST)
+    # What is not counted may be anything, NaN in padding too.
+    rows[..., :dim] = query.flip(2).masked_fill_(hidden.unsqueeze(-1), 0.0)
+    rest = (level / -scale).masked_fill_(hidden, LEAST)
     for column in range(dim, dim + parts):
         rows[..., column] = rest
         rest = rest - rows[..., column].to(rest.dtype)
