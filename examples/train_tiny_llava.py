@@ -188,8 +188,7 @@ class Training:
                 while self.step < self.total:
                     with hold_interrupts():
                         row = self._take_step()
-                        with open(self.log, "a", encoding="utf-8") as log:
-                            log.write(json.dumps(row) + "\n")
+                        self.write(row)
                     bar.set_postfix(row, refresh=False)
                     bar.update()
                     if self.step == self.total or self.step % 100 == 0:
@@ -197,6 +196,11 @@ class Training:
         except KeyboardInterrupt:
             self.save()
             raise
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Add a line to the log."""
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
 
     def _take_step(self) -> dict[str, float]:
         recipe = self.recipe
@@ -253,7 +257,9 @@ def main() -> None:
         raise SystemExit(f"saved after step {run.step} of {run.total}; the same command goes on from there") from None
     folder = save_tiny_llava(model, out / "model")
     for pictures in (1, recipe.pictures):
-        print(f"accuracy on test drawings, {pictures} a context: {test_accuracy(folder, pictures):.3f}")
+        accuracy = round(test_accuracy(folder, pictures), 4)
+        run.write({"test_pictures": pictures, "test_accuracy": accuracy})
+        print(f"accuracy on test drawings, {pictures} a context: {accuracy:.3f}")
 
 
 if __name__ == "__main__":
