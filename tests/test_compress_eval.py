@@ -134,10 +134,13 @@ def test_errors(folder, tmp_path, capsys, extra, message):
 
 
 def test_table_leaves_out_what_was_not_measured():
-    rows = {Run("passkey", "none", 0.0, 100, 0.5, 0): 1.0, Run("passkey", "tova", 0.5, 100, 0.5, 0): 0.0,
-            Run("passkey", "tova", 0.5, 100, 0.5, 1): 1.0, Run("passkey", "lookm", 0.8, 100, 0.5, 0): 1.0}  # fmt: skip
+    """A mean over other prompts than the plain cache's would not compare."""
+    rows = {Run("passkey", "none", 0.0, 100, 0.5, seed): 1.0 for seed in (0, 1)}
+    rows |= {Run("passkey", "tova", 0.5, 100, 0.5, seed): float(seed) for seed in (0, 1)}
+    rows |= {Run("passkey", "lookm", 0.8, 100, 0.5, seed): 1.0 for seed in (0, 1)}
+    rows |= {Run("passkey", "lookm", 0.5, 100, 0.5, 0): 1.0, Run("passkey", "tova", 0.8, 200, 0.5, 0): 1.0}
     assert table(rows).splitlines() == [
-        "| passkey: numbers found, % (100 tokens) | 50% dropped | 80% dropped |",
+        "| passkey: numbers found, % (100, 200 tokens) | 50% dropped | 80% dropped |",
         "|---|---|---|",
         "| lookm |  | 100 |",
         "| tova | 50 |  |",

@@ -172,6 +172,7 @@ def _nothing(key: Tensor) -> Tensor:
     return key.new_empty(key.shape[1], 0, key.shape[3])
 
 
+@torch.compiler.disable
 def hand_over(key: Tensor, layer: CacheLayer) -> None:
     """Let the attention function know that this very tensor comes from a layer of a compressing cache."""
     vars(key)[LAYER] = layer

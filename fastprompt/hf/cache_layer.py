@@ -133,8 +133,6 @@ class CompressedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Take the states of new tokens; returns those that attention is to run over."""
         rows = key_states.shape[2]
-        if torch.compiler.is_compiling():
-            raise UnsupportedModelError("model: got a compiled one, expected plain PyTorch: its cache changes in size")
         self._check(rows)
         if self.seen and len(key_states) != len(self.keys):
             raise ValueError(
@@ -361,8 +359,8 @@ class CompressedLayer(DynamicLayer):
         if self._waiting:
             raise AttachError(
                 f"past_key_values: no {NAME!r} attention ran over the keys of layer {self.index} in the last forward; "
-                "its attention implementation was switched, the forward failed, or this model changes keys behind its "
-                "cache (then it cannot be compressed). Make a new PromptCache"
+                "its attention implementation was switched, the forward failed, the model is compiled, or it changes "
+                "keys behind its cache; the last two cannot be compressed. Make a new PromptCache"
             )
         if self.seen + rows != self.tokens.length:
             raise AttachError(

@@ -23,7 +23,8 @@ def compress(model: PreTrainedModel, policy: Policy) -> Iterator[None]:
 
     The empty cache that ``generate`` makes (or none) is replaced by a `PromptCache`, which outputs carry on as
     ``past_key_values``. The prompt ends before the first forward of one token: of a prompt that is read in chunks, a
-    last chunk of one token counts as generated. At the end the model is as before, and those caches are closed; to keep one, make it yourself.
+    last chunk of one token counts as generated. At the end the model is as before, and those caches are closed; to
+    keep one, make it yourself.
 
     Args:
         model: Any transformers decoder or multimodal model, with or without attached prompts.

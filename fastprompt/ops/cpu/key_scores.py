@@ -13,7 +13,7 @@ from torch import Tensor
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-# The level of a row that is not counted: exp(scale * LEAST) is 0 for every scale above NO_SCALE; below, all scores are 0.
+# The level of a row that is not counted: exp(scale * LEAST) is 0 for scales above NO_SCALE; below, all scores are 0.
 LEAST, NO_SCALE = -1e30, 1e-20
 
 
