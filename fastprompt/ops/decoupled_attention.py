@@ -235,9 +235,12 @@ def _fake(query, keys, *rest):
 
 @torch.library.register_fake("fastprompt::decoupled_attention_backward", lib=LIBRARY)
 def _fake_backward(grad_out, query, keys, values, weights, *rest):
-    needs = rest[-2]
-    tensors = [query, *keys, *values, *weights]
-    return [torch.empty_like(x) for x, need in zip(tensors, needs, strict=True) if need]
+    *_, needs, impl = rest
+    # A sum over splits is written densely.
+    dense = torch.contiguous_format if impl == "triton" else torch.preserve_format
+    grads = [torch.empty_like(query), *(torch.empty_like(x, memory_format=dense) for x in (*keys, *values))]
+    grads += [torch.empty_like(x) for x in weights]
+    return [x for x, need in zip(grads, needs, strict=True) if need]
 
 
 def _setup_context(ctx, inputs, output):

@@ -36,12 +36,13 @@ def forward(
         out, lse = prompt_attention.forward(query, key, value, none, none, None, mask, is_causal[j], scale)
         outs.append(out)
         lses.append(lse)
-    total = _weighted(outs[0], weights[0], factors[0])
+    first = len(outs) > 1 and weights[0] is None and factors[0] == 1
+    total = outs[0] if first else _weighted(outs[0], weights[0], factors[0])
     for out, weight, factor in zip(outs[1:], weights[1:], factors[1:], strict=True):
         if weight is None:
-            total.add_(out, alpha=factor)
+            total = torch.add(total, out, alpha=factor)
         else:
-            total.add_(_weighted(out, weight, factor))
+            total = total + _weighted(out, weight, factor)
     return total, [*lses, *outs]
 
 
@@ -69,7 +70,7 @@ def backward(
     n = len(keys)
     wide = torch.promote_types(query.dtype, torch.float32)
     need_weight = iter(needs[1 + 2 * n :])
-    dq = torch.zeros_like(query) if needs[0] else None
+    dq: Tensor | None = None
     dks, dvs, dws = [], [], []
     for j, (key, value, weight, lse, out) in enumerate(zip(keys, values, weights, states[:n], states[n:], strict=True)):
         if weight is not None and next(need_weight):
@@ -84,10 +85,13 @@ def backward(
             continue
         grad = grad_out if weight is None and factors[j] == 1 else _weighted(grad_out, weight, factors[j])
         found = iter(_branch(grad, query, key, value, attn_masks[j], out, lse, is_causal[j], scale, wanted))
-        if dq is not None:
-            dq.add_(next(found))
+        if needs[0]:
+            part = next(found)
+            dq = torch.empty_like(query).copy_(part) if dq is None else dq.add_(part)
         dks += [next(found)] if wanted[1] else []
         dvs += [next(found)] if wanted[2] else []
+    if needs[0] and dq is None:
+        dq = torch.zeros_like(query)
     return [*([] if dq is None else [dq]), *dks, *dvs, *dws]
 
 
