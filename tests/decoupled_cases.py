@@ -26,9 +26,10 @@ class Given(NamedTuple):
         return {"query": self.query} | {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
 
     def map(self, function):
-        """With every tensor replaced."""
+        """With every tensor replaced, in the order of `tensors`."""
+        query = function(self.query)
         lists = [[function(x) if isinstance(x, torch.Tensor) else x for x in part] for part in self[1:]]
-        return Given(function(self.query), *lists)
+        return Given(query, *lists)
 
 
 def make(

@@ -154,7 +154,7 @@ def _branches(name: str, given: object, count: int | None = None) -> list:
 def _weight(name: str, weight: object, query: Tensor) -> tuple[Tensor | None, float]:
     """A weight as a tensor to differentiate, or None and a number."""
     if isinstance(weight, (int, float)):
-        if not math.isfinite(weight):
+        if not -math.inf < weight < math.inf:
             raise ValueError(f"{name}: got {weight!r}, expected a finite number or a tensor")
         return None, float(weight)
     if not isinstance(weight, Tensor):
