@@ -53,7 +53,7 @@ class Problem:
         masked = any(x.mask is not None for x in self.branches)
         return configs.choose(kernel, self.query.element_size(), dim, rows, keys, masked)
 
-    def all_branches(self, kernel: str, grad_out: Tensor | None = None) -> tuple[dict, dict, Config]:
+    def all_branches(self, kernel: str) -> tuple[dict, dict, Config]:
         """What both kernels that loop over branches take."""
         config = self.config(kernel, max(x.length for x in self.branches))
         heads, count = self.query.shape[1], tiles(self.query.shape[2], config.rows)
@@ -61,7 +61,7 @@ class Problem:
             "keys": [x.key for x in self.branches], "values": [x.value for x in self.branches],
             "weights": [x.weight for x in self.branches], "masks": [x.mask for x in self.branches],
         }  # fmt: skip
-        arguments = {"query": self.query, "sq": strides(self.query)}
+        arguments: dict[str, object] = {"query": self.query, "sq": strides(self.query)}
         arguments |= {name: tuple(x) for name, x in each.items()}
         arguments |= {f"s{name[0]}": tuple(map(strides, x)) for name, x in each.items()}
         arguments |= {
