@@ -28,7 +28,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastprompt.kernels import compress_kv, key_scores
+from fastprompt.kernels import compress_kv, decoupled_attention, key_scores
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
 from fastprompt.ops.dispatch import HEAD_SIZES
@@ -76,6 +76,7 @@ class Variant(NamedTuple):
     prompts: torch.dtype | None = None
     packed: bool = False
     cache: bool = False
+    branches: bool = False
 
 
 VARIANTS = {
@@ -85,6 +86,8 @@ VARIANTS = {
     "bank": Variant(mask=torch.float32, groups=4, bank=8, prompts=torch.float32),
     "cache": Variant(is_causal=True, groups=4, cache=True),
     "cache masked": Variant(mask=torch.bool, groups=4, cache=True),
+    "branches": Variant(branches=True),
+    "branches masked": Variant(is_causal=True, mask=torch.float32, groups=2, branches=True),
 }
 
 
@@ -93,6 +96,8 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     v = VARIANTS[variant]
     if v.cache:
         return _cache_plans(v, dtype, dim)
+    if v.branches:
+        return _branch_plans(v, dtype, dim)
     batch, heads, tokens, prompts = 64, 12, 197, 50
     rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
@@ -138,6 +143,30 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
     return [scores, nearest, merge]
 
 
+def _branch_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
+    """Every launch of cross-attention to 77 text tokens, and to 16 image tokens under a spatial mask, as in SDXL."""
+    batch, heads, tokens = 2, 10, 4096
+
+    def tensor(b: int, t: int, h: int) -> Tensor:
+        return torch.empty(b, t, h, dim, dtype=dtype, device="meta").transpose(1, 2)
+
+    def branch(b: int, t: int, weight: Tensor | None, mask: torch.dtype | None) -> decoupled_attention.Branch:
+        seen = None if mask is None else torch.empty(batch, 1, tokens, t, dtype=mask, device="meta")
+        seen = None if seen is None else seen.expand(-1, heads, -1, -1)
+        key, value = (tensor(b, t, heads // v.groups) for _ in range(2))
+        return decoupled_attention.Branch(key, value, weight, 1.0, seen, v.is_causal)
+
+    query, out, grad_out = (tensor(batch, tokens, heads) for _ in range(3))
+    spatial = torch.empty(batch, 1, tokens, device="meta").expand(-1, heads, -1)
+    branches = [branch(batch, 77, None, None), branch(1, 16, spatial, v.mask)]
+    problem = decoupled_attention.Problem(query, branches, dim**-0.5)
+    lse, delta = (torch.empty(2, batch, heads, tokens, device="meta") for _ in range(2))
+    grads = [(torch.empty(x.key.shape, dtype=dtype, device="meta"),) * 2 for x in branches]
+    plan = decoupled_attention.plan_backward(problem, lse, delta, grad_out, query, grads, True)
+    plan = [decoupled_attention.plan_forward(problem, out, lse), *plan]
+    return list({launch.kernel.__name__: launch for launch in plan}.values())
+
+
 def source(launch: Launch) -> ASTSource:
     """What Triton's own launcher would compile: ones and None are constants, multiples of 16 are marked."""
     signature: dict[str, Any] = {}
@@ -147,7 +176,7 @@ def source(launch: Launch) -> ASTSource:
     for position, parameter in enumerate(launch.kernel.params):
 
         def describe(value: Any, path: tuple[int, ...], parameter: Any = parameter) -> Any:
-            if isinstance(value, tuple):
+            if isinstance(value, tuple) and not parameter.is_constexpr:
                 return tuple(describe(x, (*path, i)) for i, x in enumerate(value))
             number = isinstance(value, int) and not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (number and value == 1):
@@ -249,7 +278,9 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=["plain", "cache"], choices=VARIANTS, help="[%(default)s]")
+    parser.add_argument(
+        "--variants", nargs="+", default=["plain", "cache", "branches"], choices=VARIANTS, help="[%(default)s]"
+    )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)

@@ -8,7 +8,9 @@ from bench.measure import attempt, synchronize
 from bench.run import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {name: build(name, DEVICE, {}) for name in ("prompt_attention", "prompt_attention_varlen")}
+CASES = {
+    name: build(name, DEVICE, {}) for name in ("decoupled_attention", "prompt_attention", "prompt_attention_varlen")
+}
 
 
 @pytest.mark.parametrize(("name", "provider"), [(n, p) for n, case in CASES.items() for p in case.providers])

@@ -20,7 +20,7 @@ from bench.published_clip import activation_bytes
 from bench.run import build, grid, main, measure, names
 from fastprompt.tuning.memory import peak_memory
 
-OPERATIONS = ("cpu_candidates", "prompt_attention", "prompt_attention_varlen")
+OPERATIONS = ("cpu_candidates", "decoupled_attention", "prompt_attention", "prompt_attention_varlen")
 
 #: PEFT asks transformers under a name that goes away.
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

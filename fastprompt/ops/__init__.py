@@ -2,9 +2,12 @@
 """Attention with prompts, and compression of its keys: one file an operation; schemas need torch alone."""
 
 from fastprompt.ops.compress_kv import compress_kv
+from fastprompt.ops.decoupled_attention import decoupled_attention
 from fastprompt.ops.key_scores import key_scores
 from fastprompt.ops.merge_states import merge_states
 from fastprompt.ops.prompt_attention import prompt_attention
 from fastprompt.ops.prompt_attention_varlen import prompt_attention_varlen
 
-__all__ = ["compress_kv", "key_scores", "merge_states", "prompt_attention", "prompt_attention_varlen"]
+__all__ = [
+    "compress_kv", "decoupled_attention", "key_scores", "merge_states", "prompt_attention", "prompt_attention_varlen",
+]  # fmt: skip

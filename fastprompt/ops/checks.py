@@ -84,6 +84,20 @@ def check_index(prompt_index: Tensor | None, batch: int, bank: int) -> None:
         raise ValueError(f"prompt_index: got values in [{low}, {high}], expected [0, {bank - 1}] (bank of {bank})")
 
 
+def check_attn_mask(name: str, mask: Tensor | None, full: tuple[int, ...], note: str = "") -> Tensor | None:
+    """A bool or additive mask that broadcasts to ``full``, ``[B,Hq,Tq,Tk]``, without gradient; ``note`` ends errors."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {mask.dtype}, expected bool (True = may attend) or additive float")
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(shape) != 4 or any(got != 1 and got != want for got, want in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"{name}: got shape {list(mask.shape)}, expected one that broadcasts to [B,Hq,Tq,Tk] = {list(full)}{note}"
+        )
+    return mask.detach()
+
+
 def check_attention(
     query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, layout: str, **others
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -25,8 +25,10 @@ IMPLS = ("auto", "reference", "triton", "cpp")
 BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
 
 #: The operations that have a Triton kernel, and the head sizes those take.
-TRITON_OPS = ("compress_kv", "key_scores", "prompt_attention", "prompt_attention_varlen")
+TRITON_OPS = ("compress_kv", "decoupled_attention", "key_scores", "prompt_attention", "prompt_attention_varlen")
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
+#: Those of diffusion models beside them: Stable Diffusion 1.5 has heads of 40, 80 and 160.
+MORE_HEAD_SIZES = {"decoupled_attention": (40, 160)}
 
 #: Looked up once: every call asks, and a search of the path would cost more than a small attention.
 HAS_TRITON = find_spec("triton") is not None
@@ -64,11 +66,11 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
     if impl == "cpu":
         return [] if device == "cpu" else [f"composed of PyTorch's CPU attention; the tensors are on {device}"]
     if impl == "triton" and op in TRITON_OPS:
-        return _reasons_against_triton(tensors, by_name)
+        return _reasons_against_triton(tensors, by_name, (*HEAD_SIZES, *MORE_HEAD_SIZES.get(op, ())))
     return [f"no {impl} kernel for {op} in this build"]
 
 
-def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[str]:
+def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool, head_sizes: tuple[int, ...]) -> list[str]:
     reasons = []
     if not HAS_TRITON:
         reasons.append("triton is not installed (pip install 'fastprompt[gpu]')")
@@ -85,8 +87,8 @@ def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[st
         reasons.append("Triton's interpreter is for tests and runs only where it is asked for by name")
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {query.dtype} is not float16, bfloat16 or float32")
-    if query.shape[-1] not in HEAD_SIZES:
-        reasons.append(f"head size {query.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}")
+    if query.shape[-1] not in head_sizes:
+        reasons.append(f"head size {query.shape[-1]} is not one of {', '.join(map(str, sorted(head_sizes)))}")
     return reasons
 
 

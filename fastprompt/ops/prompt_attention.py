@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import reference
-from fastprompt.ops.checks import FLOATS, check_attention, check_index, check_scale, without_autocast
+from fastprompt.ops.checks import check_attention, check_attn_mask, check_index, check_scale, without_autocast
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 LIBRARY.define(
@@ -106,22 +106,9 @@ def _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mas
     query, key, value, prompt_key, prompt_value = tensors
     batch, heads, tq, dim = query.shape
     check_index(prompt_index, batch, prompt_key.shape[0])
-    _check_mask(attn_mask, (batch, heads, tq, key.shape[2]))
-    attn_mask = None if attn_mask is None else attn_mask.detach()
+    full, note = (batch, heads, tq, key.shape[2]), "; prompt keys are always visible and take no mask column"
+    attn_mask = check_attn_mask("attn_mask", attn_mask, full, note)
     return *tensors, prompt_index, attn_mask, bool(is_causal), check_scale(scale, dim)
-
-
-def _check_mask(attn_mask: Tensor | None, full: tuple[int, ...]) -> None:
-    if attn_mask is None:
-        return
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATS:
-        raise TypeError(f"attn_mask: got dtype {attn_mask.dtype}, expected bool (True = may attend) or additive float")
-    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(shape) != 4 or any(got != 1 and got != want for got, want in zip(shape, full, strict=True)):
-        raise ValueError(
-            f"attn_mask: got shape {list(attn_mask.shape)}, expected one that broadcasts to [B,Hq,Tq,Tk] = "
-            f"{list(full)}; prompt keys are always visible and take no mask column"
-        )
 
 
 def _forward(*args):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operation in plain PyTorch: readable, any device, any float dtype, gradients derived by autograd."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,16 +65,21 @@ def prompt_attention(
         return joined.repeat_interleave(groups, dim=1)
 
     keys, values = join(prompt_key, key), join(prompt_value, value)
-    scores = scale * (query.to(dtype) @ keys.transpose(-1, -2))
     mask = joint_mask(query, key, prompt_key.shape[-2], attn_mask, is_causal)
+    out, lse = attend(query.to(dtype), keys, values, mask, scale)
+    return out.to(query.dtype), lse
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """One softmax over ``[B or 1,Hq,K,D]`` keys that the additive mask lets through, and its log-sum-exp."""
+    scores = scale * (query @ keys.transpose(-1, -2))
     if mask is not None:
         scores = scores + mask
     dead = (scores == -torch.inf).all(dim=-1)
     # A row that sees nothing: finite scores for the softmax, then out = 0, lse = -inf and zero gradients.
     scores = scores.masked_fill(dead.unsqueeze(-1), 0.0)
     out = (scores.softmax(dim=-1).masked_fill(dead.unsqueeze(-1), 0.0)) @ values
-    lse = scores.logsumexp(dim=-1).masked_fill(dead, -torch.inf)
-    return out.to(query.dtype), lse
+    return out, scores.logsumexp(dim=-1).masked_fill(dead, -torch.inf)
 
 
 def prompt_attention_varlen(
@@ -213,3 +220,27 @@ def merge_kv(
         return ((own * kept + sums) / (count + 1)).to(x.dtype)
 
     return merged(key, kept_key) if merge_keys else kept_key, merged(value, kept_value)
+
+
+def decoupled_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    factors: Sequence[float],
+    attn_masks: Sequence[Tensor | None],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Tensor:
+    """A weighted sum of attentions over separate key sets, each with a softmax of its own."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    groups = query.shape[1] // keys[0].shape[1]
+    total = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    for key, value, weight, factor, attn_mask, causal in zip(
+        keys, values, weights, factors, attn_masks, is_causal, strict=True
+    ):
+        mask = joint_mask(query, key, 0, attn_mask, causal)
+        key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+        out, _ = attend(query.to(dtype), key, value, mask, scale)
+        total = total + (factor if weight is None else weight.to(dtype).unsqueeze(-1)) * out
+    return total.to(query.dtype)

@@ -45,6 +45,12 @@ TABLE: dict[tuple[str, int], dict[int, Config]] = {
         32: Config(32, 128, 4, 3), 64: Config(64, 64, 4, 3), 128: Config(32, 128, 8, 3), 256: Config(64, 64, 8, 2),
     },
     ("scores", 4): {64: Config(32, 64, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    ("branches", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+    ("branches_query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    ("branch", 2): {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    ("branches", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("branches_query", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("branch", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     ("nearest", 2): {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
     ("nearest", 4): {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
 }  # fmt: skip

@@ -267,12 +267,14 @@ def _plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None
         "BLOCK_M": config.rows, "BLOCK_P": config.keys,
     }  # fmt: skip
     plan = [Launch(prompt_kernel, splits * count * heads_kv * bank, arguments, constants, config)]
-    for parts, grad in zip(work, (dpk, dpv), strict=True):
-        if parts is not None and grad is not None:
-            sizes = {"work": parts, "grad": grad, "splits": splits, "size": grad.numel()}
-            reduce = Config(REDUCE, 0, 4, 1)
-            plan.append(Launch(reduce_kernel, tiles(grad.numel(), REDUCE), sizes, {"BLOCK": REDUCE}, reduce))
-    return plan
+    pairs = zip(work, (dpk, dpv), strict=True)
+    return plan + [plan_reduce(parts, grad) for parts, grad in pairs if parts is not None and grad is not None]
+
+
+def plan_reduce(work: Tensor, grad: Tensor) -> Launch:
+    """The sum of ``work [splits, ...]`` over splits, into a contiguous ``grad``."""
+    sizes = {"work": work, "grad": grad, "splits": len(work), "size": grad.numel()}
+    return Launch(reduce_kernel, tiles(grad.numel(), REDUCE), sizes, {"BLOCK": REDUCE}, Config(REDUCE, 0, 4, 1))
 
 
 def _readers(p: Problem, bank: int) -> tuple[Tensor | None, Tensor | None]:
