@@ -62,7 +62,7 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
         return []
     device = tensors[0].device.type
     if impl == "cpu":
-        return [] if device == "cpu" else [f"composed of PyTorch's CPU attention; the tensors are on {device}"]
+        return [] if device == "cpu" else [f"composed of PyTorch's CPU kernels; the tensors are on {device}"]
     if impl == "triton" and op in TRITON_OPS:
         return _reasons_against_triton(tensors, by_name)
     return [f"no {impl} kernel for {op} in this build"]
@@ -98,7 +98,7 @@ def interpreting() -> bool:
 def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: bool = False) -> Choice:
     """Resolve `impl` for `op`; an explicit impl never falls back.
 
-    ``composed`` says that `op` has a composition of PyTorch's own CPU attention (impl name ``"cpu"``, reached by
+    ``composed`` says that `op` has a composition of PyTorch's own CPU kernels (impl name ``"cpu"``, reached by
     ``"auto"`` only).
 
     Raises:
