@@ -28,7 +28,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastprompt.kernels import compress_kv, key_scores
+from fastprompt.kernels import compress_kv, diffuse_prompts, key_scores
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
 from fastprompt.ops.dispatch import HEAD_SIZES
@@ -76,6 +76,7 @@ class Variant(NamedTuple):
     prompts: torch.dtype | None = None
     packed: bool = False
     cache: bool = False
+    diffuse: str | None = None
 
 
 VARIANTS = {
@@ -85,6 +86,8 @@ VARIANTS = {
     "bank": Variant(mask=torch.float32, groups=4, bank=8, prompts=torch.float32),
     "cache": Variant(is_causal=True, groups=4, cache=True),
     "cache masked": Variant(mask=torch.bool, groups=4, cache=True),
+    "diffuse": Variant(diffuse="relu"),
+    "diffuse softmax": Variant(diffuse="softmax"),
 }
 
 
@@ -93,6 +96,8 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     v = VARIANTS[variant]
     if v.cache:
         return _cache_plans(v, dtype, dim)
+    if v.diffuse:
+        return _diffuse_plans(v.diffuse, dtype, dim)
     batch, heads, tokens, prompts = 64, 12, 197, 50
     rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
@@ -120,7 +125,7 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
     shape = (batch, heads_kv, length)
 
     def tensor(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=kind, device="meta")
+        return torch.empty(shape, dtype=kind, device="meta")
 
     query, key = (tensor(batch, h, length, dim, kind=dtype) for h in (heads_kv * v.groups, heads_kv))
     mask = None if v.mask is None else tensor(batch, length, kind=v.mask)
@@ -136,6 +141,22 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
         key, kept_key, order, starts, tensor(*shape), 0.5, tensor(*kept_key.shape, kind=dtype)
     )
     return [scores, nearest, merge]
+
+
+def _diffuse_plans(activation: str, dtype: torch.dtype, prompts: int) -> list[Launch]:
+    """Every launch of prompts that are read after attention: here it is their number that decides what a program holds."""
+    batch, tokens, width = 64, 197, 768
+
+    def tensor(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    x, base, out, grad_out, dx, dbase = (tensor(batch, tokens, width, kind=dtype) for _ in range(6))
+    learned = [tensor(prompts, width) for _ in range(4)]
+    problem = diffuse_prompts.Problem(x, base, *learned[:2], tensor(), activation, "rowmax")
+    partial = diffuse_prompts.allocate_partial(problem)
+    plan = diffuse_prompts.plan_backward(problem, grad_out, [dx, dbase, *learned[2:]], partial)
+    plan.insert(0, diffuse_prompts.plan_forward(problem, out))
+    return list({launch.kernel.__name__: launch for launch in plan}.values())
 
 
 def source(launch: Launch) -> ASTSource:
@@ -249,7 +270,7 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=["plain", "cache"], choices=VARIANTS, help="[%(default)s]")
+    parser.add_argument("--variants", nargs="+", default=["plain", "cache", "diffuse"], choices=VARIANTS, help="[%(default)s]")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)

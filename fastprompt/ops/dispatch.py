@@ -25,8 +25,11 @@ IMPLS = ("auto", "reference", "triton", "cpp")
 BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
 
 #: The operations that have a Triton kernel, and the head sizes those take.
-TRITON_OPS = ("compress_kv", "key_scores", "prompt_attention", "prompt_attention_varlen")
+TRITON_OPS = ("compress_kv", "diffuse_prompts", "key_scores", "prompt_attention", "prompt_attention_varlen")
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
+
+#: Prompts whose scores a program of `diffuse_prompts` can hold.
+MOST_PROMPTS = 512
 
 #: Looked up once: every call asks, and a search of the path would cost more than a small attention.
 HAS_TRITON = find_spec("triton") is not None
@@ -64,7 +67,7 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
     if impl == "cpu":
         return [] if device == "cpu" else [f"composed of PyTorch's CPU kernels; the tensors are on {device}"]
     if impl == "triton" and op in TRITON_OPS:
-        return _reasons_against_triton(tensors, by_name)
+        return _reasons_against_triton(tensors, by_name) + _reasons_of_size(op, tensors)
     return [f"no {impl} kernel for {op} in this build"]
 
 
@@ -85,9 +88,15 @@ def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[st
         reasons.append("Triton's interpreter is for tests and runs only where it is asked for by name")
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {query.dtype} is not float16, bfloat16 or float32")
-    if query.shape[-1] not in HEAD_SIZES:
-        reasons.append(f"head size {query.shape[-1]} is not one of {', '.join(map(str, HEAD_SIZES))}")
     return reasons
+
+
+def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
+    if op == "diffuse_prompts":
+        count = len(tensors[1])
+        return [f"{count} prompts are more than {MOST_PROMPTS}"] if count > MOST_PROMPTS else []
+    size = tensors[0].shape[-1]
+    return [] if size in HEAD_SIZES else [f"head size {size} is not one of {', '.join(map(str, HEAD_SIZES))}"]
 
 
 def interpreting() -> bool:
