@@ -210,7 +210,7 @@ def cases(draw):
 
 @each_impl
 @given(case=cases())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_shapes_layouts_and_needs(impl, case):
     inputs, needs, options = case
     check(inputs, needs, impl, **options)
@@ -259,7 +259,7 @@ def test_log_scale_of_either_shape(shape):
 @each_impl
 @each_option
 def test_repeats_bit_for_bit(impl, activation, weight):
-    inputs = make(torch.bfloat16, batch=3, tokens=40, prompts=20)
+    inputs = make(torch.bfloat16, batch=2, tokens=40, prompts=20)
     grad = torch.randn_like(inputs[0])
     first, second = (run(inputs, grad, impl=impl, activation=activation, weight=weight) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -292,8 +292,9 @@ def test_the_cpu_works_tile_by_tile(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
-@each_option
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "weight", "dtype"), [("relu", "rowmax", torch.bfloat16), ("softmax", "none", torch.float32)]
+)
 def test_opcheck(impl, activation, weight, dtype):
     x, base, prompts, down, up, log_scale = make(dtype, wide=torch.float32)
     inputs = leaves([x, base, prompts, keys_of(prompts, down, up), log_scale], ALL[:5])
