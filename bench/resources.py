@@ -144,7 +144,7 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
 
 
 def _diffuse_plans(activation: str, dtype: torch.dtype, prompts: int) -> list[Launch]:
-    """Every launch of prompts that are read after attention: here it is their number that decides what a program holds."""
+    """Every launch of prompts that are read after attention: their number decides what a program holds."""
     batch, tokens, width = 64, 197, 768
 
     def tensor(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
@@ -270,7 +270,9 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=["plain", "cache", "diffuse"], choices=VARIANTS, help="[%(default)s]")
+    parser.add_argument(
+        "--variants", nargs="+", default=["plain", "cache", "diffuse"], choices=VARIANTS, help="[%(default)s]"
+    )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)

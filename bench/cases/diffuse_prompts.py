@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffuse_prompts` on ViT-B/16 shapes, forward or forward and backward, against the code as released.
 
-Providers: `eager` is the released module, `compiled` the same compiled, and fastprompt. Two that compute something else,
-for scale: `attention` without prompts, and `attention/concat`, which is what the same number of prompts costs as keys of
+Providers: `eager` is the released module, `compiled` the same compiled, and fastprompt. Two compute something else, for
+scale: `attention` has no prompts, `attention/concat` is what the same number of prompts costs as keys of
 the attention itself, copied to every sample.
 """
 

@@ -77,12 +77,29 @@ def diffuse_prompts(
 
     Approximated prompt tuning: https://arxiv.org/abs/2306.15706; ReLU and the row maximum are those of its code.
     """
-    inputs = _prepare(x, base, prompts, down, up, log_scale, activation, weight)
-    chosen = choose("diffuse_prompts", inputs[:3:2], impl, composed=True).impl
+    x, base, *learned, log_scale = _prepare(x, base, prompts, down, up, log_scale, activation, weight)
     with without_autocast(x.device.type):
-        x, base, prompts, down, up, log_scale = inputs
-        keys = prompt_keys(prompts, down, up)
-        arguments = (x, base, prompts.to(keys.dtype), keys, log_scale.to(keys.dtype).reshape(()), activation, weight)
+        keys = prompt_keys(*learned)
+    return diffuse(x, base, learned[0], keys, log_scale, activation=activation, weight=weight, impl=impl)
+
+
+def diffuse(
+    x: Tensor,
+    base: Tensor,
+    values: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    *,
+    activation: str = "relu",
+    weight: str = "rowmax",
+    impl: str = "auto",
+) -> Tensor:
+    """`diffuse_prompts` for keys ``[P,C]`` at hand and values ``[P,C]`` that need not be the prompts."""
+    x, base = autocast(x, base)
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    chosen = choose("diffuse_prompts", (x, values), impl, composed=True).impl
+    with without_autocast(x.device.type):
+        arguments = (x, base, values.to(keys.dtype), keys, log_scale.to(keys.dtype).reshape(()), activation, weight)
         if chosen == "reference":
             return reference.diffuse_prompts(*arguments)
         return torch.ops.fastprompt.diffuse_prompts(*arguments, chosen)
