@@ -72,7 +72,9 @@ class DiffusedPrompt(nn.Module):
 
     def forward(self, x: Tensor, base: Tensor) -> Tensor:
         """The layer's output ``[B,N,C]`` from what its attention read and gave."""
-        values, keys = (self.values, self.keys) if self.values is not None else self._read()
+        values, keys = self.values, self.keys
+        if values is None or keys is None:
+            values, keys = self._read()
         x = x.to(base.dtype)
         options = {"activation": self.activation, "weight": self.weight}
         if x.dim() == 2:  # packed images
