@@ -28,7 +28,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastprompt.kernels import compress_kv, decoupled_attention, key_scores
+from fastprompt.kernels import compress_kv, decoupled_attention, diffuse_prompts, key_scores
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
 from fastprompt.ops.dispatch import HEAD_SIZES
@@ -77,6 +77,7 @@ class Variant(NamedTuple):
     packed: bool = False
     cache: bool = False
     branches: bool = False
+    diffuse: str | None = None
 
 
 VARIANTS = {
@@ -88,6 +89,8 @@ VARIANTS = {
     "cache masked": Variant(mask=torch.bool, groups=4, cache=True),
     "branches": Variant(branches=True),
     "branches masked": Variant(is_causal=True, mask=torch.float32, groups=2, branches=True),
+    "diffuse": Variant(diffuse="relu"),
+    "diffuse softmax": Variant(diffuse="softmax"),
 }
 
 
@@ -98,6 +101,8 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
         return _cache_plans(v, dtype, dim)
     if v.branches:
         return _branch_plans(v, dtype, dim)
+    if v.diffuse:
+        return _diffuse_plans(v.diffuse, dtype, dim)
     batch, heads, tokens, prompts = 64, 12, 197, 50
     rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
@@ -125,7 +130,7 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
     shape = (batch, heads_kv, length)
 
     def tensor(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=kind, device="meta")
+        return torch.empty(shape, dtype=kind, device="meta")
 
     query, key = (tensor(batch, h, length, dim, kind=dtype) for h in (heads_kv * v.groups, heads_kv))
     mask = None if v.mask is None else tensor(batch, length, kind=v.mask)
@@ -164,6 +169,22 @@ def _branch_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
     grads = [(torch.empty(x.key.shape, dtype=dtype, device="meta"),) * 2 for x in branches]
     plan = decoupled_attention.plan_backward(problem, lse, delta, grad_out, query, grads, True)
     plan = [decoupled_attention.plan_forward(problem, out, lse), *plan]
+    return list({launch.kernel.__name__: launch for launch in plan}.values())
+
+
+def _diffuse_plans(activation: str, dtype: torch.dtype, prompts: int) -> list[Launch]:
+    """Every launch of prompts that are read after attention: their number decides what a program holds."""
+    batch, tokens, width = 64, 197, 768
+
+    def tensor(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    x, base, out, grad_out, dx, dbase = (tensor(batch, tokens, width, kind=dtype) for _ in range(6))
+    learned = [tensor(prompts, width) for _ in range(4)]
+    problem = diffuse_prompts.Problem(x, base, *learned[:2], tensor(), activation, "rowmax")
+    partial = diffuse_prompts.allocate_partial(problem)
+    plan = diffuse_prompts.plan_backward(problem, grad_out, [dx, dbase, *learned[2:]], partial)
+    plan.insert(0, diffuse_prompts.plan_forward(problem, out))
     return list({launch.kernel.__name__: launch for launch in plan}.values())
 
 
@@ -279,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
     parser.add_argument(
-        "--variants", nargs="+", default=["plain", "cache", "branches"], choices=VARIANTS, help="[%(default)s]"
+        "--variants", nargs="+", default=["plain", "cache", "branches", "diffuse"], choices=VARIANTS, help="[%(default)s]"
     )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _WHERE = {
+    "APT": "recipes.apt",
     "H2O": "cache.policies",
     "TOVA": "cache.policies",
     "AdaKV": "cache.adakv",
@@ -47,7 +48,7 @@ _WHERE = {
 }
 
 __all__ = [
-    "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError", "CoCoOp",
+    "APT", "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError", "CoCoOp",
     "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV", "PromptCache",
     "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach", "check_finite",
     "compress", "explain", "load", "nn", "ops", "recipes",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from fastprompt.hf.compress import compress
     from fastprompt.ops.checks import check_finite
     from fastprompt.ops.dispatch import explain
+    from fastprompt.recipes.apt import APT
     from fastprompt.recipes.clip_classifier import CLIPClassifier
     from fastprompt.recipes.cocoop import CoCoOp
     from fastprompt.recipes.coop import CoOp

@@ -169,7 +169,7 @@ def test_explain_tells_the_choice_and_every_reason(monkeypatch):
     meta = {name: x.to("meta") for name, x in arguments().items()}
     choice = fastprompt.explain(prompt_attention, **meta, return_lse=True, is_causal=True)
     assert choice.impl == "reference"
-    assert choice.refused["cpu"] == ["composed of PyTorch's CPU attention; the tensors are on meta"]
+    assert choice.refused["cpu"] == ["composed of PyTorch's CPU kernels; the tensors are on meta"]
     assert str(choice).splitlines()[0] == "prompt_attention: reference (plain PyTorch runs everywhere)"
     assert all(f"not {impl}: " in str(choice) for impl in ("triton", "cpp", "cpu"))
     asked = fastprompt.explain(prompt_attention, **arguments(), impl="reference")

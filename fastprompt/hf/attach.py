@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fastprompt.errors import AttachError
 from fastprompt.hf.attention import CHILD, NAME, dropout_fields, register
+from fastprompt.hf.diffusion import install_diffused
 from fastprompt.hf.holds import Freeze, OwnConfigs
 from fastprompt.hf.sites import Tower, choose_tower, find_sites
 from fastprompt.hf.tokens import install_rows, reach_checkpointed
@@ -68,7 +69,8 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
             f"model: {len(attached)} attention modules of this {target.kind} tower already hold prompts; detach the "
             "first handle before attaching another"
         )
-    dropout = dropout_fields(target.module.config)
+    # Prompts behind attention leave its dropout alone.
+    dropout = {} if config.outputs else dropout_fields(target.module.config)
     if dropout:
         raise ValueError(
             "model: attention dropout is on, which prompts inside attention do not draw; set "
@@ -139,7 +141,9 @@ class Handle:
         base = {n: p for n, p in self.model.named_parameters() if CHILD not in n.split(".")}
         self._configs = OwnConfigs(self.model)
         self._configs.switch(self.tower.module, NAME)
-        sites = find_sites(self.tower, projects=self.config.projects, tokens=self.config.tokens)
+        sites = find_sites(
+            self.tower, projects=self.config.projects, outputs=self.config.outputs, tokens=self.config.tokens
+        )
         self._prompts = self.config.build(sites)
         matched = _match(train, base)
         self._freeze = Freeze(base.values())
@@ -155,6 +159,7 @@ class Handle:
             sites[index].attention.add_module(CHILD, prompt.train(sites[index].attention.training))
         self._hooks = [*install_rows(sites), *reach_checkpointed(self.tower)]
         self._hooks.append(self.tower.module.register_forward_pre_hook(_check_attention))
+        self._hooks += install_diffused(sites)
         self._hooks += [
             self.tower.module.register_forward_pre_hook(m.begin)
             for prompt in self._prompts.values()

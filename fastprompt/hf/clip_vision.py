@@ -57,6 +57,7 @@ class VisionPrompts:
 
     kind = "vision"
     projects = True
+    outputs = False
     tokens = None
 
     def __init__(self, clip: Any, learner: DualPrompt):

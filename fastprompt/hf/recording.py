@@ -76,6 +76,7 @@ class Recorder:
         self.calls: list[tuple[nn.Module, Tensor, Tensor]] = []
         self.input: Tensor | None = None
         self.qkv: tuple[Tensor, Tensor, Tensor] | None = None
+        self.reached = 0
 
     def hooks(self, done, inside: bool) -> list:
         """Hooks on the layer, and on everything inside it where projections are asked for."""
@@ -107,6 +108,7 @@ class Recorder:
     def attended(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """The attention function was called."""
         self.qkv = (query, key, value)
+        self.reached = len(self.calls)
 
     def attended_to(self) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input, and the keys and values ``[1,Hkv,T,D]`` that its attention was called with."""
@@ -133,6 +135,19 @@ class Recorder:
         _verify_prompts(projections, rows[:2])
         _verify(projections, rows, key, value)
         return projections
+
+    def output(self) -> nn.Module:
+        """The projection of the heads' outputs to the layer's width: the first linear layer behind the attention."""
+        entered, _, _ = self.attended_to()
+        query = self.qkv[0] if self.qkv is not None else entered
+        heads = query.shape[1] * query.shape[3]
+        for module, x, y in self.calls[self.reached :]:
+            weight = getattr(module, "weight", None)  # of a packed layer, perhaps no tensor
+            if weight is None or (isinstance(weight, Tensor) and weight.dim() < 2):
+                continue
+            if (x.shape[-1], y.shape[-1]) == (heads, entered.shape[-1]):
+                return module
+        raise Missing(f"no linear layer from {heads} to {entered.shape[-1]} columns follows its attention")
 
     def _source(self, target: Tensor) -> tuple[Projection, Tensor] | None:
         """The projection whose output memory ``target [B,H,T,D]`` views, and the rows it read."""

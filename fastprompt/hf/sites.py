@@ -45,6 +45,7 @@ class Site:
     heads: int
     head_dim: int
     projections: Projections | None = None
+    output: nn.Module | None = None
     packed: bool = False
     recorded: tuple[Tensor, Tensor] | None = None
     patch_values: int | None = None
@@ -156,12 +157,15 @@ def choose_tower(model: nn.Module, tower: str | None) -> Tower:
     raise ValueError(f"tower: got {tower!r}, ambiguous for {type(model).__name__}, which has {kinds}; {fix}")
 
 
-def find_sites(tower: Tower, *, projects: bool = True, tokens: Sequence[int] | None = None) -> list[Site]:
+def find_sites(
+    tower: Tower, *, projects: bool = True, outputs: bool = False, tokens: Sequence[int] | None = None
+) -> list[Site]:
     """Run the tower once on a small input and find every layer's attention.
 
     Args:
         tower: The tower.
         projects: Also find every layer's projections.
+        outputs: Also find the projection behind every layer's attention.
         tokens: Run a text tower on these, and keep the keys and values ``[Hkv,P,D]`` of every layer.
 
     Raises:
@@ -173,7 +177,7 @@ def find_sites(tower: Tower, *, projects: bool = True, tokens: Sequence[int] | N
 
     def finish(index: int, recorder: Recorder) -> None:
         try:
-            sites.append(_site(index, recorder, projects, keep=tokens is not None))
+            sites.append(_site(index, recorder, projects, outputs, keep=tokens is not None))
         except Missing as missing:
             problems.append(f"layer {index} ({type(recorder.attention).__name__}): {missing}")
 
@@ -184,7 +188,7 @@ def find_sites(tower: Tower, *, projects: bool = True, tokens: Sequence[int] | N
         for index, (layer, module) in enumerate(zip(tower.layers, tower.attentions, strict=True)):
             recorder = Recorder(layer, module)
             recorders.append(recorder)
-            hooks += recorder.hooks(lambda i=index, r=recorder: finish(i, r), projects)
+            hooks += recorder.hooks(lambda i=index, r=recorder: finish(i, r), projects or outputs)
         by_attention = {r.attention: r for r in recorders}
 
         def observer(module, query, key, value):
@@ -210,12 +214,13 @@ def find_sites(tower: Tower, *, projects: bool = True, tokens: Sequence[int] | N
     return sites
 
 
-def _site(index: int, recorder: Recorder, projects: bool, keep: bool) -> Site:
+def _site(index: int, recorder: Recorder, projects: bool, outputs: bool, keep: bool) -> Site:
     """One layer as the recording shows it."""
     entered, key, value = recorder.attended_to()
     return Site(
         index, recorder.layer, recorder.attention, entered.shape[-1], key.shape[1], key.shape[3],
         projections=recorder.projections() if projects else None,
+        output=recorder.output() if outputs else None,
         packed=entered.dim() == 2,
         recorded=(key[0].clone(), value[0].clone()) if keep else None,
     )  # fmt: skip

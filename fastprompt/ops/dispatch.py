@@ -25,10 +25,15 @@ IMPLS = ("auto", "reference", "triton", "cpp")
 BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
 
 #: The operations that have a Triton kernel, and the head sizes those take.
-TRITON_OPS = ("compress_kv", "decoupled_attention", "key_scores", "prompt_attention", "prompt_attention_varlen")
+TRITON_OPS = (
+    "compress_kv", "decoupled_attention", "diffuse_prompts", "key_scores", "prompt_attention", "prompt_attention_varlen",
+)  # fmt: skip
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 #: Those of diffusion models beside them: Stable Diffusion 1.5 has heads of 40, 80 and 160.
 MORE_HEAD_SIZES = {"decoupled_attention": (40, 160)}
+
+#: Prompts whose scores a program of `diffuse_prompts` can hold.
+MOST_PROMPTS = 512
 
 #: Looked up once: every call asks, and a search of the path would cost more than a small attention.
 HAS_TRITON = find_spec("triton") is not None
@@ -64,13 +69,13 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
         return []
     device = tensors[0].device.type
     if impl == "cpu":
-        return [] if device == "cpu" else [f"composed of PyTorch's CPU attention; the tensors are on {device}"]
+        return [] if device == "cpu" else [f"composed of PyTorch's CPU kernels; the tensors are on {device}"]
     if impl == "triton" and op in TRITON_OPS:
-        return _reasons_against_triton(tensors, by_name, (*HEAD_SIZES, *MORE_HEAD_SIZES.get(op, ())))
+        return _reasons_against_triton(tensors, by_name) + _reasons_of_size(op, tensors)
     return [f"no {impl} kernel for {op} in this build"]
 
 
-def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool, head_sizes: tuple[int, ...]) -> list[str]:
+def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[str]:
     reasons = []
     if not HAS_TRITON:
         reasons.append("triton is not installed (pip install 'fastprompt[gpu]')")
@@ -87,9 +92,15 @@ def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool, head_sizes
         reasons.append("Triton's interpreter is for tests and runs only where it is asked for by name")
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {query.dtype} is not float16, bfloat16 or float32")
-    if query.shape[-1] not in head_sizes:
-        reasons.append(f"head size {query.shape[-1]} is not one of {', '.join(map(str, sorted(head_sizes)))}")
     return reasons
+
+
+def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
+    if op == "diffuse_prompts":
+        count = len(tensors[1])
+        return [f"{count} prompts are more than {MOST_PROMPTS}"] if count > MOST_PROMPTS else []
+    size, sizes = tensors[0].shape[-1], sorted((*HEAD_SIZES, *MORE_HEAD_SIZES.get(op, ())))
+    return [] if size in sizes else [f"head size {size} is not one of {', '.join(map(str, sizes))}"]
 
 
 def interpreting() -> bool:
@@ -100,7 +111,7 @@ def interpreting() -> bool:
 def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: bool = False) -> Choice:
     """Resolve `impl` for `op`; an explicit impl never falls back.
 
-    ``composed`` says that `op` has a composition of PyTorch's own CPU attention (impl name ``"cpu"``, reached by
+    ``composed`` says that `op` has a composition of PyTorch's own CPU kernels (impl name ``"cpu"``, reached by
     ``"auto"`` only).
 
     Raises:

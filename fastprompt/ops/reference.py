@@ -108,6 +108,21 @@ def prompt_attention_varlen(
     return out[sequence, :, offset], lse[sequence, :, offset]
 
 
+def diffuse_prompts(
+    x: Tensor, base: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, activation: str, weight: str
+) -> Tensor:
+    """What tokens read from prompts, added to the output of their layer, written out; the weight is detached."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Rounded to the dtype of x, as every fast path does.
+    prompts, keys = (p.to(x.dtype).to(dtype) for p in (prompts, keys))
+    scores = x.to(dtype) @ keys.T
+    active = scores.relu() if activation == "relu" else scores.softmax(dim=-1)
+    read = active @ prompts
+    if weight == "rowmax" and len(prompts):
+        read = active.detach().amax(dim=-1, keepdim=True) * read
+    return (log_scale.exp() * (base.to(dtype) + read)).to(x.dtype)
+
+
 def key_scores(
     query: Tensor,
     key: Tensor,

@@ -61,6 +61,7 @@ class PrefixKV:
 
     kind = None
     projects = False
+    outputs = False
 
     def __post_init__(self):
         for name in ("length", "hidden"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprompt.errors import CheckpointError
+from fastprompt.recipes.apt import APT
 from fastprompt.recipes.cocoop import CoCoOp
 from fastprompt.recipes.coop import CoOp
 from fastprompt.recipes.ivlp import IVLP
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fastprompt.hf.attach import Handle
 
 #: Every recipe by the name that saved files carry.
-RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV)}
+RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT)}
 
 #: Every recipe of a `CLIPClassifier`.
 CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, ZeroShot)}

@@ -61,6 +61,7 @@ class VPT:
 
     kind = "vision"
     projects = True
+    outputs = False
     tokens = None
 
     def __post_init__(self):

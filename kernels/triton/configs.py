@@ -53,6 +53,13 @@ TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("branch", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     ("nearest", 2): {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
     ("nearest", 4): {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    # Of `diffuse_prompts`: by the number of prompts, whose scores a program holds; keys are columns of a tile.
+    ("diffuse", 2): {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3), 512: Config(64, 32, 8, 2)},
+    ("diffuse_rows", 2): {128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 2), 512: Config(16, 32, 8, 2)},
+    ("diffuse_prompt", 2): {512: Config(64, 128, 8, 3)},
+    ("diffuse", 4): {128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1), 512: Config(16, 16, 8, 1)},
+    ("diffuse_rows", 4): {128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1), 512: Config(16, 16, 8, 1)},
+    ("diffuse_prompt", 4): {512: Config(32, 32, 8, 1)},
 }  # fmt: skip
 
 #: What `fastprompt warmup --tune` tries for each kernel in half precision, beside the shipped configuration.

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffuse_prompts` on CPU: matrix products over tiles of tokens; scale, sum and base are part of the last of them.
+
+What is as large as x is touched by matrix products alone: the weight and ``exp(log_scale)`` go to the activations,
+which are P wide, and base enters through the product that reads the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Activations of one tile (elements): few enough for the caches.
+TILE = 1 << 20
+
+
+def forward(
+    x: Tensor, base: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, activation: str, weight: str
+) -> Tensor:
+    """Output ``[B,N,C]``, contiguous."""
+    if x.dtype == torch.float16:
+        # Scores may pass the largest float16, and CPUs have no fast float16 products to lose.
+        prompts, keys = (p.half().float() for p in (prompts, keys))
+        return forward(x.float(), base.float(), prompts, keys, log_scale, activation, weight).half()
+    factor = log_scale.exp().item()
+    out = base.new_empty(base.shape)
+    prompts, keys = (p.to(x.dtype) for p in (prompts, keys))
+    x, base, flat = (t.flatten(0, 1) for t in (x, base, out))
+    for rows in _tiles(x, keys):
+        active, peak = _activate(x[rows] @ keys.T, activation, weight)
+        torch.addmm(base[rows], active.mul_(peak * factor), prompts, beta=factor, out=flat[rows])
+    return out
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    base: Tensor | None,
+    prompts: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    activation: str,
+    weight: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the inputs flagged in ``needs`` (x, base, prompts, keys, log_scale), in that order."""
+    # Every element of dx and dbase is written; the others are sums.
+    grads = [x.new_empty(x.shape) if need else None for need in needs[:2]]
+    grads += [
+        t.new_zeros(t.shape) if need else None for t, need in zip((prompts, keys, log_scale), needs[2:], strict=True)
+    ]
+    if x.dtype == torch.float16:
+        prompts, keys = (p.half().float() for p in (prompts, keys))
+        wide = None if base is None else base.float()
+        found = backward(grad_out.float(), x.float(), wide, prompts, keys, log_scale, activation, weight, needs)
+        kept = (t for t in grads if t is not None)
+        return [grad.copy_(exact) for grad, exact in zip(kept, found, strict=True)]
+    _write(grad_out, x, base, prompts, keys, log_scale.exp().item(), activation, weight, *grads)
+    return [grad for grad in grads if grad is not None]
+
+
+def _write(grad_out, x, base, prompts, keys, factor, activation, weight, dx, dbase, dprompts, dkeys, dscale) -> None:
+    """Every gradient that is not None, from zeros."""
+    if dbase is not None:
+        torch.mul(grad_out, factor, out=dbase)
+    wide = keys.dtype
+    prompts, keys = (p.to(x.dtype) for p in (prompts, keys))
+    grad_out, x, base, dx = (None if t is None else t.flatten(0, 1) for t in (grad_out, x, base, dx))
+    for rows in _tiles(x, keys):
+        grad = grad_out[rows]
+        active, peak = _activate(x[rows] @ keys.T, activation, weight)
+        slope = grad @ prompts.T
+        if dscale is not None:
+            dscale += factor * (grad.to(wide) * base[rows].to(wide)).sum()
+            dscale += factor * (slope.to(wide) * active * peak).sum()
+        if dprompts is not None:
+            dprompts.addmm_((active.to(wide) * (peak * factor)).T, grad.to(wide))
+        if dx is None and dkeys is None:
+            continue
+        slope *= peak * factor
+        if activation == "relu":
+            slope = torch.ops.aten.threshold_backward(slope, active, 0)
+        else:
+            slope = torch._softmax_backward_data(slope, active, -1, active.dtype)
+        if dx is not None:
+            torch.mm(slope, keys, out=dx[rows])
+        if dkeys is not None:
+            dkeys.addmm_(slope.T.to(wide), x[rows].to(wide))
+
+
+def _tiles(x: Tensor, keys: Tensor) -> Iterator[slice]:
+    """Runs of rows whose activations fill a tile."""
+    step = max(1, TILE // max(1, len(keys)))
+    return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _activate(scores: Tensor, activation: str, weight: str) -> tuple[Tensor, Tensor | float]:
+    """Activations in the memory of ``scores``, and the weight of each row."""
+    active = scores.relu_() if activation == "relu" else torch.softmax(scores, dim=-1, out=scores)
+    weighted = weight == "rowmax" and active.shape[1]
+    return active, active.amax(dim=-1, keepdim=True) if weighted else 1.0

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Approximated prompt tuning: prompts read after attention, outside its softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastprompt.nn.diffused import DiffusedPrompt
+from fastprompt.ops.diffuse_prompts import ACTIVATIONS, WEIGHTS
+from fastprompt.recipes.layers import checked_layers, choose_layers, is_count
+
+if TYPE_CHECKING:
+    from fastprompt.hf.sites import Site
+
+
+@dataclass(frozen=True)
+class APT:
+    """Approximated Prompt Tuning (Wu et al., 2023, https://arxiv.org/abs/2306.15706): after the output projection of
+    every attention layer, tokens add what they read from P prompts, which never become tokens or keys of the softmax.
+
+    An approximation of deep prompts, and a method of its own: with ``zero_init=False`` (as released) outputs
+    already change when it is attached. The formula is that of the released code for ViLT: keys are prompts plus a
+    rank-r map of them, ReLU instead of softmax, and each token's largest activation as a weight without gradient.
+
+    Args:
+        length: Prompts a layer, P >= 1 (the paper: 200).
+        rank: Rank of the key map, at most the model's width.
+        activation: ``"relu"``, or ``"softmax"`` over prompts.
+        weight: ``"rowmax"``, or ``"none"``.
+        layers: Layer numbers from 0 (negative counts from the end) that get prompts; None is every layer.
+        scale_trainable: Learn the scale of every layer's output (ViLT's code does, METER's does not).
+        zero_init: Start as the frozen model, bit for bit: what tokens read passes a learned gate that starts at 0.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> import fastprompt, torch
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ...                    image_size=32, patch_size=16)
+        >>> model = ViTModel(config)
+        >>> with fastprompt.attach(model, fastprompt.APT(length=5)) as handle:
+        ...     handle.num_trainable, model(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape
+        (834, torch.Size([1, 5, 32]))
+    """
+
+    length: int
+    rank: int = 4
+    activation: str = "relu"
+    weight: str = "rowmax"
+    layers: Sequence[int] | None = None
+    scale_trainable: bool = True
+    zero_init: bool = False
+
+    kind = None
+    projects = False
+    outputs = True
+    tokens = None
+
+    def __post_init__(self):
+        for name in ("length", "rank"):
+            if not is_count(getattr(self, name)):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected an integer >= 1")
+        for name, allowed in (("activation", ACTIVATIONS), ("weight", WEIGHTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, allowed))}"
+                )
+        object.__setattr__(self, "layers", checked_layers(self.layers))
+
+    def baked(self) -> APT:
+        """The recipe of the prompts after ``handle.bake()``: this one."""
+        return self
+
+    def build(self, sites: list[Site]) -> dict[int, nn.Module]:
+        """One prompt module for every chosen layer."""
+        chosen = choose_layers(self.layers, len(sites))
+        wide = next((sites[i] for i in chosen if self.rank > sites[i].width), None)
+        if wide is not None:
+            raise ValueError(f"rank: got {self.rank}, expected at most {wide.width}, the width of layer {wide.index}")
+        prompts: dict[int, nn.Module] = {}
+        for i in chosen:
+            site = sites[i]
+            prompts[i] = DiffusedPrompt(
+                self.length, site.width, self.rank, activation=self.activation, weight=self.weight,
+                scale_trainable=self.scale_trainable, gated=self.zero_init,
+            ).to(next(site.layer.parameters()).device, torch.promote_types(site.dtype, torch.float32))  # fmt: skip
+        return prompts
