@@ -300,7 +300,11 @@ def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
     parser.add_argument(
-        "--variants", nargs="+", default=["plain", "cache", "branches", "diffuse"], choices=VARIANTS, help="[%(default)s]"
+        "--variants",
+        nargs="+",
+        default=["plain", "cache", "branches", "diffuse"],
+        choices=VARIANTS,
+        help="[%(default)s]",
     )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
