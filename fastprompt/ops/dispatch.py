@@ -26,7 +26,8 @@ BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
 
 #: The operations that have a Triton kernel, and the head sizes those take.
 TRITON_OPS = (
-    "compress_kv", "decoupled_attention", "diffuse_prompts", "key_scores", "prompt_attention", "prompt_attention_varlen",
+    "compress_kv", "decoupled_attention", "diffuse_prompts", "key_scores", "prompt_attention",
+    "prompt_attention_varlen",
 )  # fmt: skip
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 #: Those of diffusion models beside them: Stable Diffusion 1.5 has heads of 40, 80 and 160.
