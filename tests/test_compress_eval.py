@@ -113,6 +113,11 @@ def test_command(folder, tmp_path, capsys):
     assert main(arguments) == 0
     again = (out / "results.jsonl").read_text().splitlines()
     assert len(read(out / "results.jsonl")) == len(again) == len(lines) and again[:-1] == lines[:-1]
+    # Nothing was whole, or what is there is no row.
+    for torn in (lines[0][:20], "[1]\n"):
+        (out / "results.jsonl").write_text(torn)
+        assert main([*arguments, "--task", "loss"]) == 0
+        assert len(read(out / "results.jsonl")) == len((out / "results.jsonl").read_text().splitlines()) == 2 * 5
     capsys.readouterr()
     assert main([*arguments, "--dtype", "bfloat16"]) == 1
     assert f"holds runs of {folder} in float32, expected {folder} in bfloat16" in capsys.readouterr().err

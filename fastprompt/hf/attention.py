@@ -180,7 +180,7 @@ def hand_over(key: Tensor, layer: CacheLayer) -> None:
 
 def _claim(key: Tensor) -> CacheLayer | None:
     """The cache layer that handed this tensor over; once, so that the two do not keep each other alive."""
-    # A compiled model has no compressing cache, and may not look into tensors.
+    # Compiled code may not look into tensors; the layer then finds that nobody claimed its keys, and says so.
     return None if torch.compiler.is_compiling() else vars(key).pop(LAYER, None)
 
 
