@@ -49,9 +49,9 @@ _WHERE = {
 
 __all__ = [
     "APT", "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError",
-    "CoCoOp", "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV", "PromptCache",
-    "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach", "check_finite",
-    "compress", "explain", "load", "nn", "ops", "recipes",
+    "CoCoOp", "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV",
+    "PromptCache", "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach",
+    "check_finite", "compress", "explain", "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
