@@ -98,6 +98,7 @@ def _depth(text: str) -> str | int:
 
 def tune_command(args: argparse.Namespace) -> None:
     """Run ``fastprompt tune``."""
+    from fastprompt.nn.terms import terms_of
     from fastprompt.tuning import TuneConfig, plot_log, tune
     from fastprompt.tuning.images import best_autocast
 
@@ -121,7 +122,7 @@ def tune_command(args: argparse.Namespace) -> None:
         print(repr(handle))
         result = tune(
             job.model, handle, train_set, eval_set, config=config, out_dir=args.out, resume=args.resume,
-            about=job.about(),
+            about=job.about(), terms=terms_of(job.recipe),
         )  # fmt: skip
         took = "was finished" if math.isnan(result.seconds_per_step) else f"{result.seconds_per_step:.3f} s a step"
         print(f"{result.steps} steps, {took}, train loss {result.train_loss:.4f}")

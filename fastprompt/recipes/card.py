@@ -32,7 +32,7 @@ class Card:
         family: The kind of method, e.g. ``"visual prompt"``.
         use: One of `USES`.
         status: One of `STATUSES`.
-        trains: Patterns (``fnmatch``) of the names of exactly those parameters that get a gradient; () is training-free.
+        trains: Patterns (``fnmatch``) of the names of exactly those parameters that get a gradient; () learns nothing.
         row: Number in the project's list of 65 methods; None is a baseline beside it.
         headline: The paper's own number; no test here confirms it.
         repo: The authors' code, ``owner/name``.

@@ -9,11 +9,28 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastprompt.nn.dual_prompt import DualPrompt
+from fastprompt.recipes.card import Card
 from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.words import check_context, initial_context
 
 if TYPE_CHECKING:
     from fastprompt.hf.clip import ClipSites
+
+CARD = Card(
+    title="Conditional Prompt Learning for Vision-Language Models",
+    paper="https://arxiv.org/abs/2203.05557",
+    tier=1,
+    family="text prompt",
+    use="classifier",
+    status="exact",
+    trains=("context", "meta.*"),
+    headline="71.69 % on new classes, 75.83 % harmonic mean over 11 data sets",
+    repo="KaiyangZhou/CoOp",
+    deviations=(
+        "One learning rate a step, not an epoch; no random crops and flips.",
+        "No identity setting: as released, the network that shifts the context does not start at zero.",
+    ),
+)
 
 
 @dataclass(frozen=True)

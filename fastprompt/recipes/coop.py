@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.nn.dual_prompt import DualPrompt, normal_prompt
+from fastprompt.recipes.card import Card
 from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.words import check_context, initial_context
 
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
     from fastprompt.hf.clip import ClipSites
 
 POSITIONS = ("end", "middle", "front")
+
+CARD = Card(
+    row=57,
+    title="Learning to Prompt for Vision-Language Models",
+    paper="https://arxiv.org/abs/2109.01134",
+    tier=1,
+    family="text prompt",
+    use="classifier",
+    status="exact",
+    trains=("context",),
+    headline="about +15 % mean accuracy at 16 shots",
+    repo="KaiyangZhou/CoOp",
+    identity={"n_ctx": None, "init": "a photo of a"},
+    deviations=("One learning rate a step, not an epoch; no random crops and flips.",),
+)
 
 
 @dataclass(frozen=True)

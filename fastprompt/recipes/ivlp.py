@@ -7,12 +7,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.nn.dual_prompt import DualPrompt, normal_prompt
+from fastprompt.recipes.card import Card
 from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.layers import is_count
 from fastprompt.recipes.words import check_context, check_depth, initial_context
 
 if TYPE_CHECKING:
     from fastprompt.hf.clip import ClipSites
+
+CARD = Card(
+    title="MaPLe: Multi-modal Prompt Learning (its independent prompts)",
+    paper="https://arxiv.org/abs/2210.03117",
+    tier=1,
+    family="multi-modal prompt",
+    use="classifier",
+    status="exact",
+    trains=("context", "deep_text.*", "vision.*"),
+    headline="82.15 % on base, 74.07 % on new classes, 11 data sets",
+    repo="muzairkhattak/multimodal-prompt-learning",
+    deviations=(
+        "One learning rate a step, not an epoch; no random crops and flips.",
+        "No identity setting: a vision prompt's key takes part in every softmax, whatever it holds.",
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,29 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastprompt.nn.dual_prompt import DualPrompt, normal_prompt
+from fastprompt.recipes.card import Card
 from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.words import check_context, check_depth, initial_context
 
 if TYPE_CHECKING:
     from fastprompt.hf.clip import ClipSites
+
+CARD = Card(
+    row=8,
+    title="MaPLe: Multi-modal Prompt Learning",
+    paper="https://arxiv.org/abs/2210.03117",
+    tier=1,
+    family="multi-modal prompt",
+    use="classifier",
+    status="exact",
+    trains=("context", "deep_text.*", "couple.*"),
+    headline="+3.45 % on new classes, +2.72 % harmonic mean against CoCoOp, 11 data sets",
+    repo="muzairkhattak/multimodal-prompt-learning",
+    deviations=(
+        "One learning rate a step, not an epoch; no random crops and flips.",
+        "No identity setting: a vision prompt's key takes part in every softmax, whatever it holds.",
+    ),
+)
 
 
 @dataclass(frozen=True)

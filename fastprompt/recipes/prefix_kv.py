@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.nn.prefix import EncodedPrefix, Prefix, PrefixEncoder
+from fastprompt.recipes.card import Card
 from fastprompt.recipes.layers import checked_layers, choose_layers, is_count
 
 if TYPE_CHECKING:
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
 
 #: Standard deviation of the initial keys and values.
 INITS = {"normal": 0.02, "ptuning": 1.0}
+
+CARD = Card(
+    title="Prefix-Tuning: Optimizing Continuous Prompts for Generation; P-Tuning v2",
+    paper="https://arxiv.org/abs/2101.00190",
+    tier=1,
+    family="prefix",
+    use="attach",
+    status="exact",
+    trains=("layers.*.key", "layers.*.value", "layers.*.encoder.*"),
+    repo="XiangLi1999/PrefixTuning",
+    deviations=(
+        "Positions are not shifted and learned keys not rotated; the released code shifts positions by P.",
+        "No identity setting: a prompt's key takes part in every softmax, whatever it holds.",
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastprompt.errors import CheckpointError
-from fastprompt.recipes.apt import APT
-from fastprompt.recipes.cocoop import CoCoOp
-from fastprompt.recipes.coop import CoOp
-from fastprompt.recipes.ivlp import IVLP
-from fastprompt.recipes.maple import MaPLe
-from fastprompt.recipes.prefix_kv import PrefixKV
-from fastprompt.recipes.vpt import VPT
-from fastprompt.recipes.zero_shot import ZeroShot
+from fastprompt.recipes import apt, cocoop, compression, coop, ivlp, maple, prefix_kv, vpt, zero_shot
+from fastprompt.recipes.card import Card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastprompt.hf.attach import Handle
 
-#: Every recipe by the name that saved files carry.
-RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT)}
+#: Every recipe and its card.
+CARDS: dict[type, Card] = {
+    vpt.VPT: vpt.CARD,
+    prefix_kv.PrefixKV: prefix_kv.CARD,
+    apt.APT: apt.CARD,
+    coop.CoOp: coop.CARD,
+    cocoop.CoCoOp: cocoop.CARD,
+    maple.MaPLe: maple.CARD,
+    ivlp.IVLP: ivlp.CARD,
+    zero_shot.ZeroShot: zero_shot.CARD,
+    **compression.CARDS,
+}
+
+#: Every recipe of a handle, by the name that saved files carry.
+RECIPES: dict[str, Any] = {recipe.__name__: recipe for recipe, card in CARDS.items() if card.use == "attach"}
 
 #: Every recipe of a `CLIPClassifier`.
-CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, ZeroShot)}
+CLIP_RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.use == "classifier"}
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> Handle:

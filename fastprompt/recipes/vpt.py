@@ -11,10 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.nn.prompts import ProjectedPrompt, vpt_uniform
+from fastprompt.recipes.card import Card
 from fastprompt.recipes.layers import checked_layers, choose_layers, is_count
 
 if TYPE_CHECKING:
     from fastprompt.hf.sites import Site
+
+CARD = Card(
+    title="Visual Prompt Tuning",
+    paper="https://arxiv.org/abs/2203.12119",
+    tier=1,
+    family="visual prompt",
+    use="attach",
+    status="exact",
+    trains=("layers.*.prompt", "layers.*.projection.*"),
+    repo="KMnP/vpt",
+    deviations=(
+        "Prompt dropout is drawn once a step, not once a sample.",
+        "No identity setting: a prompt's key takes part in every softmax, whatever it holds.",
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastprompt.nn.dual_prompt import DualPrompt
+from fastprompt.recipes.card import Card
 
 if TYPE_CHECKING:
     from fastprompt.hf.clip import ClipSites
 
 TEMPLATE = "a photo of a {}."
+
+CARD = Card(
+    title="Learning Transferable Visual Models From Natural Language Supervision",
+    paper="https://arxiv.org/abs/2103.00020",
+    tier=2,
+    family="zero-shot",
+    use="classifier",
+    status="exact",
+    trains=(),
+    repo="openai/CLIP",
+    identity={},
+)
 
 
 @dataclass(frozen=True)

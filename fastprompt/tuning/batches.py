@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,8 @@ def load_batch(examples: Examples, indices: Sequence[int], device: torch.device)
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def run_model(
-    model: nn.Module, batch: dict[str, Tensor], autocast: Literal["bfloat16"] | None
-) -> tuple[Tensor, Tensor]:
-    """Return the scalar loss and the logits ``[B, C]`` of ``model(**batch)``.
+def run_model(model: nn.Module, batch: dict[str, Tensor], autocast: Literal["bfloat16"] | None) -> Any:
+    """Return the output of ``model(**batch)``, with a scalar ``loss`` and ``logits [B, C]``.
 
     Raises:
         TypeError: the model's output lacks a loss or logits.
@@ -59,7 +57,7 @@ def run_model(
             f"model: got an output {type(output).__name__} with loss {type(loss).__name__} and logits "
             f"{type(logits).__name__}, expected tensors; use a model for classification that computes its loss."
         )
-    return loss, logits
+    return output
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -90,8 +90,9 @@ def evaluate(
             for start in range(0, n, batch_size):
                 indices = range(start, min(start + batch_size, n))
                 batch = load_batch(dataset, indices, device)
-                loss, logits = run_model(model, batch, autocast)
-                labels, classes = batch["labels"], logits.shape[-1]
+                output = run_model(model, batch, autocast)
+                loss, logits, labels = output.loss, output.logits, batch["labels"]
+                classes = logits.shape[-1]
                 loss_sum += loss.item() * len(indices)
                 if start == 0:
                     correct = count = torch.zeros(classes, dtype=torch.int64)

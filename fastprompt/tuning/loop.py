@@ -3,7 +3,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprompt.nn.terms import SUPERVISED, Term, total
 from fastprompt.tuning.batches import Examples, device_of, load_batch, run_model
 from fastprompt.tuning.checkpoint import Checkpoint, capture, check_fits, read_checkpoint, write_checkpoint
 from fastprompt.tuning.config import TuneConfig, learning_rate
@@ -39,6 +40,7 @@ class Run:
         folder: for log and checkpoint, or None.
         shown: whether to show bars.
         about: what else decides what the run computes.
+        terms: what is minimised.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class Run:
         folder: Path | None,
         shown: bool,
         about: Mapping[str, str | int],
+        terms: Sequence[Term] = (SUPERVISED,),
     ) -> None:
         self.model, self.params, self.train_set, self.eval_set = model, params, train_set, eval_set
         self.config, self.folder, self.shown, self.about = config, folder, shown, about
+        self.terms = tuple(terms)
         self.device, self.devices = device_of(model), cuda_devices(model)
         self.optimizer = _optimizer(params, config)
         self.steps_an_epoch = math.ceil(len(train_set) / config.batch_size)
@@ -122,9 +126,10 @@ class Run:
         indices = order[place * self.config.batch_size :][: self.config.batch_size].tolist()
         batch = load_batch(self.train_set, indices, self.device)
         rate = learning_rate(self.config, self.step, self.total)
-        loss_tensor, logits = run_model(self.model, batch, self.config.autocast)
+        output = run_model(self.model, batch, self.config.autocast)
+        loss_tensor, values = total(self.terms, self.model, output, batch)
         loss, norm = self._gradients(loss_tensor, rate)
-        accuracy = (logits.argmax(-1) == batch["labels"]).double().mean().item()
+        accuracy = (output.logits.argmax(-1) == batch["labels"]).double().mean().item()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with hold_interrupts():
@@ -133,7 +138,9 @@ class Run:
             self.rng = get_rng(self.devices)
             self.seconds.append(time.perf_counter() - began)
             numbers = {"loss": loss, "accuracy": accuracy, "lr": rate, "grad_norm": norm, "seconds": self.seconds[-1]}
-            self._log("step", epoch + 1, numbers)
+            # One term alone is the loss.
+            named = {f"loss: {name}": x.item() for name, x in values.items()} if len(self.terms) > 1 else {}
+            self._log("step", epoch + 1, numbers | named)
         shown = {"loss": loss, "acc": accuracy, "lr": rate, "s/step": self.seconds[-1]}
         return {name: f"{value:.3g}" for name, value in shown.items()}
 
@@ -222,7 +229,9 @@ class Run:
     def _trajectory(self) -> dict[str, Any]:
         """Return all that decides what the run computes, for its checkpoint to be refused by any other."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE_SETTINGS}
-        return settings | {"train_examples": len(self.train_set), **self.about}
+        # The model's own loss is not spelt out, so that runs from before there were terms go on.
+        terms = {} if self.terms == (SUPERVISED,) else {"terms": [[t.name, t.weight] for t in self.terms]}
+        return settings | terms | {"train_examples": len(self.train_set), **self.about}
 
 
 def _optimizer(params: list[Tensor], config: TuneConfig) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastprompt.nn.terms import SUPERVISED, Term
 from fastprompt.tuning.batches import Examples, check_examples, eval_mode, frozen_except
 from fastprompt.tuning.config import TuneConfig
 from fastprompt.tuning.evaluation import EvalResult
@@ -57,6 +58,7 @@ def tune(
     resume: bool = False,
     progress: bool = True,
     about: Mapping[str, str | int] | None = None,
+    terms: Sequence[Term] = (SUPERVISED,),
 ) -> TuneResult:
     """Train the handle's parameters on a labelled data set while everything else in the model stays frozen.
 
@@ -78,9 +80,10 @@ def tune(
         resume: go on from the checkpoint in ``out_dir``; without one, start, overwriting any log (default False).
         progress: show bars (default True).
         about: what else the run is (recipe, model, data, ...); a checkpoint of a run that says otherwise is refused.
+        terms: what is minimised: named losses with weights, each of which the log holds (default: ``.loss`` alone).
 
     Raises:
-        ValueError: the handle has nothing to train, or an option needs ``out_dir``.
+        ValueError: the handle has nothing to train, no term has a weight, or an option needs ``out_dir``.
         DataError: a data set is empty or has no labels.
         FileExistsError: ``out_dir`` holds a checkpoint and ``resume`` is False.
         CheckpointError: the checkpoint is damaged or belongs to another run; nothing was changed.
@@ -106,7 +109,7 @@ def tune(
         check_examples("eval_set", eval_set)
     _check_folder(folder, config, resume)
     with eval_mode(model), frozen_except(model, params), torch.random.fork_rng(cuda_devices(model)):
-        run = Run(model, params, train_set, eval_set, config, folder, progress, about or {})
+        run = Run(model, params, train_set, eval_set, config, folder, progress, about or {}, terms)
         run.start(resume)
         run.finish()
     if folder is not None and hasattr(handle, "save"):
