@@ -17,6 +17,7 @@ from bench.run import names
 from bench.tables import ceilings_text, detail, pivot
 from fastprompt.cli_compress import read as read_runs
 from fastprompt.cli_compress import table as compressed_table
+from fastprompt.cli_recipes import markdown
 from fastprompt.demo import table
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +207,7 @@ def written() -> dict[Path, str]:
     """The two files with their tables as the results are now."""
     found = {}
     steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block, "clip_prompts": clip_prompts_block}
-    steps["cache"] = cache_block
+    steps |= {"cache": cache_block, "recipes": markdown}
     for name, model in (("compress_text", "smollm2-135m"), ("compress_pictures", "tiny-llava")):
         steps[name] = partial(compress_block, model)
     for file, blocks in (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | eval | compress-eval | bench | info | warmup | inspect | assets``."""
+"""The command line: ``fastprompt COMMAND``, with ``--help`` for the commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fastprompt
-from fastprompt import cli_compress, cli_tune
+from fastprompt import cli_compress, cli_recipes, cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("bench", _bench, "Run a benchmark case of a source checkout; what follows is for python -m bench.run.",
               "fastprompt bench prompt_attention --set prompts=10,50 mode=forward")  # fmt: skip
     sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CASE ...", help="a case and its options")
+
+    sub = add("recipes", cli_recipes.command, "Every method that is here, and the card of one of them.",
+              "fastprompt recipes\n  fastprompt recipes apt")  # fmt: skip
+    cli_recipes.add_arguments(sub)
 
     add("info", _info, "Versions, devices, and which implementation runs here and why not the others.",
         "fastprompt info")  # fmt: skip

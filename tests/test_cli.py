@@ -19,6 +19,7 @@ from transformers import (
 
 import fastprompt
 from fastprompt.cli import main
+from fastprompt.recipes.registry import CARDS
 from fastprompt.tuning.images import head_names
 
 
@@ -128,7 +129,7 @@ def test_wrong_usage_exits_2(capsys):
         assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "tune", "eval", "bench", "info", "inspect", "assets"])
+@pytest.mark.parametrize("command", ["demo", "tune", "eval", "bench", "recipes", "info", "inspect", "assets"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -150,6 +151,27 @@ def test_info_says_what_runs_and_why(capsys):
     shown = capsys.readouterr().out
     assert "prompt_attention: cpu" in shown or "prompt_attention: triton" in shown
     assert "not cpp" in shown and "torch" in shown
+
+
+def test_recipes_lists_every_card(capsys):
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{recipe.__name__} " in shown for recipe in CARDS)
+    assert main(["recipes", "--status", "approximation", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["recipe"] for line in lines} == {
+        r.__name__ for r, card in CARDS.items() if card.status == "approximation"
+    }
+
+
+def test_recipes_shows_a_card_in_full(capsys):
+    assert main(["recipes", "apt"]) == 0
+    shown = capsys.readouterr().out
+    card = CARDS[fastprompt.APT]
+    assert card.title in shown and card.paper in shown and card.headline in shown and "zero_init=True" in shown
+    assert "rank: Rank of the key map" in shown
+    assert main(["recipes", "nothing"]) == 1
+    assert "NAME: got 'nothing', expected one of" in capsys.readouterr().err
 
 
 def test_assets_list(capsys):
