@@ -165,6 +165,10 @@ def _info(args: argparse.Namespace) -> None:
         (ops.prompt_attention, (x,) * 5),
         (ops.prompt_attention_varlen, (*(x[0],) * 5, ends)),
         (ops.merge_states, (x, row, x, row)),
+        (ops.decoupled_attention, (x, [x], [x], [1.0])),
+        (ops.diffuse_prompts, (x[0], x[0], x[0, 0], x[0, 0], x[0, 0].T, row[0, 0, 0])),
+        (ops.key_scores, (x, x, row)),
+        (ops.compress_kv, (x, x, row, 1)),
     ):
         try:
             shown = str(fastprompt.explain(op, *inputs))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastprompt.errors import ImplUnavailableError
-from fastprompt.ops import compress_kv, key_scores, prompt_attention
+from fastprompt.ops import compress_kv, decoupled_attention, diffuse_prompts, key_scores, prompt_attention
 from fastprompt.ops.dispatch import choose, tuned_file
 
 
@@ -46,10 +46,11 @@ class Shape:
 
 
 def warmup(shape: Shape, device: str = "cuda") -> None:
-    """Run forward and backward once through the Triton kernels, with gradients of all five inputs and no mask.
+    """Run forward and backward once through the Triton kernels, with gradients of all inputs and no mask.
 
-    Prompts come in the dtype of the query and in float32, as trained ones do. Then keys are scored and merged, as a
-    compressing cache does it, with and without padding. Compiled kernels are kept on disk by Triton, so one call serves
+    Prompts come in the dtype of the query and in float32, as trained ones do; inside the softmax, in one of their own,
+    and behind the attention. Then keys are scored and merged, as a compressing cache does it, with and without padding.
+    Compiled kernels are kept on disk by Triton, so one call serves
     later processes on the same machine. Masks in attention, packed sequences and prompt banks are variants of their own
     and compile when they are first used.
 
@@ -63,6 +64,7 @@ def warmup(shape: Shape, device: str = "cuda") -> None:
     _check(shape, device)
     for prompts in dict.fromkeys((shape.dtype, torch.float32)):
         _forward_backward(shape.tensors(device, prompts), shape)()
+    _beside_the_softmax(shape, device)
     _compress(shape, device)
 
 
@@ -136,6 +138,24 @@ def _forward_backward(inputs: list[Tensor], shape: Shape) -> Callable[[], tuple[
         return torch.autograd.grad(out, inputs, torch.ones_like(out))  # type: ignore[arg-type]
 
     return step
+
+
+def _beside_the_softmax(shape: Shape, device: str) -> None:
+    """Prompts that are a branch of their own under a learned weight, and prompts behind the attention's output."""
+    query, key, value, *prompt = shape.tensors(device)
+    weight = torch.ones(shape.heads, 1, device=device, requires_grad=True)
+    shared = [x.unsqueeze(0) for x in prompt]
+    out = decoupled_attention(
+        query, [key, shared[0]], [value, shared[1]], [1.0, weight], is_causal=[shape.is_causal, False], impl="triton"
+    )
+    inputs = [query, key, value, *prompt, weight]
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+    width = shape.heads * shape.head_dim
+    rows = [torch.randn(shape.batch, shape.tokens, width, device=device).to(shape.dtype) for _ in range(2)]
+    learned = [torch.randn(size, device=device) for size in ((shape.prompts, width), (4, width), (width, 4), ())]
+    inputs = [x.requires_grad_() for x in (*rows, *learned)]
+    out = diffuse_prompts(*inputs, impl="triton")
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
 
 
 @torch.no_grad()

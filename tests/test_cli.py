@@ -151,6 +151,7 @@ def test_info_says_what_runs_and_why(capsys):
     shown = capsys.readouterr().out
     assert "prompt_attention: cpu" in shown or "prompt_attention: triton" in shown
     assert "not cpp" in shown and "torch" in shown
+    assert all(f"\n  {name}: " in shown for name in fastprompt.ops.__all__)
 
 
 def test_recipes_lists_every_card(capsys):
