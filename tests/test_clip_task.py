@@ -21,7 +21,7 @@ from fastprompt.tuning.clips import ClipTask
 
 COLOURS = {"big_dog": (200, 40, 40), "cat": (40, 200, 40), "hill": (40, 40, 200), "red_house": (200, 200, 40)}
 NAMES = [name.replace("_", " ") for name in COLOURS]
-TRAINED = ("coop", "cocoop", "maple", "ivlp")
+TRAINED = ("coop", "cocoop", "maple", "ivlp", "dpl")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_tune_eval_inspect(files, tmp_path, capsys, recipe):
 
 def _recipe(name):
     return {"coop": fastprompt.CoOp(), "cocoop": fastprompt.CoCoOp(), "maple": fastprompt.MaPLe(),
-            "ivlp": fastprompt.IVLP()}[name]  # fmt: skip
+            "ivlp": fastprompt.IVLP(), "dpl": fastprompt.DPL()}[name]  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", TRAINED)

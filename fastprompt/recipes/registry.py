@@ -12,6 +12,7 @@ from fastprompt.errors import CheckpointError
 from fastprompt.recipes.apt import APT
 from fastprompt.recipes.cocoop import CoCoOp
 from fastprompt.recipes.coop import CoOp
+from fastprompt.recipes.dpl import DPL
 from fastprompt.recipes.ivlp import IVLP
 from fastprompt.recipes.maple import MaPLe
 from fastprompt.recipes.prefix_kv import PrefixKV
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT)}
 
 #: Every recipe of a `CLIPClassifier`.
-CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, ZeroShot)}
+CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, DPL, ZeroShot)}
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> Handle:

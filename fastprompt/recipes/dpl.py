@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPL: prompts in both towers of a CLIP whose attention is split in four and weighed by λ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastprompt.nn.decoupled import BRANCHES, MODES, DecoupledPrompt, tower_splits
+from fastprompt.nn.dual_prompt import normal_prompt
+from fastprompt.recipes.card import Card
+from fastprompt.recipes.dassl import dassl
+from fastprompt.recipes.words import check_context, check_depth, initial_context
+
+if TYPE_CHECKING:
+    from fastprompt.hf.clip import ClipSites
+
+LAM_VALUE = 0.1
+
+CARD = Card(
+    title="DPL: Decoupled Prompt Learning for Vision-Language Models",
+    paper="https://arxiv.org/abs/2308.10061",
+    tier=1,
+    family="approximated/decoupled attention",
+    use="classifier",
+    status="reconstruction",
+    trains=("learner.*",),
+    row=33,
+    headline="best on three benchmarks of 15 data sets (no number in the abstract)",
+    identity={"n_ctx": 0, "lam": "constant", "lam_value": 0.0},
+    deviations=(
+        "Of the abstract: attention over prompts and instance as four sub-processes, some of them approximated; text "
+        "prompts conditioned on language; one modality or both; no other loss and no other data. All else is our "
+        "reading: no code was found, and the full text was not read.",
+        "Ours: which sub-processes are approximated and how. λ of instance and of prompt rows may be a constant, or a "
+        "learned number of a layer or of a head, not confined to [0, 1]; every branch can be switched off.",
+        "Ours: λ starts at 0.1. With lam='exact' and all branches it is IVLP.",
+        "Ours: where prompts enter and how deep they go (MaPLe's: fresh ones in the first 9 layers), and how many.",
+        "Ours: language conditioning is a network on the mean of a class name's frozen token embeddings, which shifts "
+        "all text prompts of the class; it starts as no shift, and is off unless asked for.",
+        "Ours: the optimisation, which is that of IVLP's released code.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class DPL:
+    """Decoupled prompt learning (Xu et al., 2023, https://arxiv.org/abs/2308.10061), a reconstruction from its
+    abstract: `IVLP`'s prompts in both towers, whose attention is split in four.
+
+    Instance rows x and prompt rows p each read their own kind and the other with a softmax of its own, weighed by λ:
+    ``out_x = (1 - λ_x) A_xx V_x + λ_x A_xp V_p`` and ``out_p = (1 - λ_p) A_pp V_p + λ_p A_px V_x``. The joint softmax
+    has ``λ = σ(L_other - L_own)`` of the log-sum-exps, a number a row; any other λ is off by ``(λ - σ)`` times the
+    difference of both reads. With ``lam="exact"`` and all branches, logits and gradients are those of `IVLP`.
+
+    Where the next layer gets fresh prompts, nothing reads what this layer's gather: pp and px are dead there, and are
+    not computed. They are alive from the last of the ``depth`` layers to the last but one of the tower; with ``depth``
+    at a tower's layers they are dead throughout. In the causal text tower prompts stand in front of the name and cannot
+    see it: all that px reads there is the start token, which itself sees no prompt and keeps λ = 0.
+
+    With a constant λ of 0 instance rows are those of the frozen model, to rounding: all image features, and text
+    features of the words that remain, with the slots hidden from them.
+
+    Args:
+        n_ctx: Text prompts M of a layer; 0 leaves the text tower without, and classes to the words of ``init``.
+        n_vision: Vision prompts of a layer; 0 leaves the vision tower without.
+        depth: Layers, from the first, that get fresh prompts; at most those of a tower count.
+        init: As in `IVLP`.
+        lam: ``"exact"``; ``"constant"``; ``"learned"``: one λ_x, and where prompts are alive one λ_p, a layer;
+            ``"per_head"``: one of each a head.
+        lam_value: λ, or what it starts at, in [0, 1]; None is 0.1. Not for ``"exact"``.
+        branches: Of ``"xx"``, ``"xp"``, ``"pp"``, ``"px"``, those that are on. The other branch of the rows gets the
+            whole weight. ``"xp"`` must be on, else no prompt is read, and one of ``"pp"``, ``"px"``.
+        conditioned: Text prompts depend on the class: a small network shifts them by what it reads in the frozen token
+            embeddings of the name. Every class has a context of its own then, and texts share nothing.
+
+    Example:
+        >>> from fastprompt import DPL
+        >>> DPL(lam="constant", lam_value=0.2).share, DPL(conditioned=True).share
+        ('all', 'none')
+    """
+
+    n_ctx: int = 2
+    n_vision: int = 2
+    depth: int = 9
+    init: str | None = "a photo of a"
+    lam: str = "learned"
+    lam_value: float | None = None
+    branches: Sequence[str] = BRANCHES
+    conditioned: bool = False
+
+    position = "end"
+
+    def __post_init__(self):
+        for name in ("n_ctx", "n_vision"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}: got {value!r}, expected an integer >= 0")
+        if not self.n_ctx and not self.n_vision:
+            raise ValueError("n_vision: got 0 beside n_ctx=0, expected prompts in one tower at least")
+        check_context(self.n_ctx or 1, self.init, counted=True)
+        check_depth(self.depth)
+        if self.lam not in MODES:
+            raise ValueError(f"lam: got {self.lam!r}, expected one of {', '.join(map(repr, MODES))}")
+        self._check_value()
+        found = tuple(self.branches) if isinstance(self.branches, Sequence) else ()
+        if not set(found) <= set(BRANCHES) or "xp" not in found or not {"pp", "px"} & set(found):
+            raise ValueError(
+                f"branches: got {self.branches!r}, expected some of {', '.join(map(repr, BRANCHES))}: 'xp', without "
+                "which no prompt is read, and 'pp' or 'px', for prompts to read something"
+            )
+        object.__setattr__(self, "branches", tuple(b for b in BRANCHES if b in found))
+        if not isinstance(self.conditioned, bool):
+            raise ValueError(f"conditioned: got {self.conditioned!r}, expected True or False")
+        if self.conditioned and not self.n_ctx:
+            raise ValueError("conditioned: got True with n_ctx=0, expected text prompts to condition, n_ctx >= 1")
+
+    def _check_value(self) -> None:
+        value = self.lam_value
+        if self.lam == "exact":
+            if value is not None:
+                raise ValueError(f"lam_value: got {value!r} with lam='exact', which finds λ itself; leave it out")
+            return
+        value = LAM_VALUE if value is None else value
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise ValueError(f"lam_value: got {value!r}, expected a weight in [0, 1]")
+        object.__setattr__(self, "lam_value", float(value))
+
+    @property
+    def csc(self) -> bool:
+        """Every class has a context of its own."""
+        return self.conditioned
+
+    @property
+    def share(self) -> str:
+        """What texts can share."""
+        return "none" if self.conditioned else "all"
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The hand-written text of a class, which stands where there are no text prompts."""
+        words = (self.init or "").replace("{", "{{").replace("}", "}}")
+        return (f"{words} {{}}.".lstrip(),)
+
+    def published(self, shots: int | None = None) -> dict[str, Any]:
+        """The optimisation of `IVLP` (`dassl`), since the paper's is not known: options of a `TuneConfig`."""
+        return dassl(lr=3.5e-3, batch_size=4, epochs=5)
+
+    def build(self, sites: ClipSites) -> DecoupledPrompt:
+        """Text and vision prompts of all layers, what weighs them, and what shifts those of a class."""
+        text = min(self.depth, sites.text_layers) if self.n_ctx else 0
+        vision = min(self.depth, sites.vision_layers) if self.n_vision else 0
+        weighed: dict[str, Any] = {"mode": self.lam, "value": self.lam_value, "branches": self.branches}
+        return DecoupledPrompt(
+            initial_context(sites, self.n_ctx, self.init, words_may_remain=True) if text else None,
+            [normal_prompt(self.n_ctx, sites.text_width).to(sites.dtype) for _ in range(text - 1)],
+            [normal_prompt(self.n_vision, sites.vision_width).to(sites.dtype) for _ in range(vision)],
+            tower_splits(sites.text_layers, text, sites.text_heads, sites.dtype, **weighed),
+            tower_splits(sites.vision_layers, vision, sites.vision_heads, sites.dtype, **weighed),
+            torch.stack([sites.embed(name).mean(0) for name in sites.classnames]).to(sites.dtype)
+            if self.conditioned
+            else None,
+        )
