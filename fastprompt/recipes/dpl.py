@@ -73,7 +73,8 @@ class DPL:
             ``"per_head"``: one of each a head.
         lam_value: λ, or what it starts at, in [0, 1]; None is 0.1. Not for ``"exact"``.
         branches: Of ``"xx"``, ``"xp"``, ``"pp"``, ``"px"``, those that are on. The other branch of the rows gets the
-            whole weight. ``"xp"`` must be on, else no prompt is read, and one of ``"pp"``, ``"px"``.
+            whole weight (a row that sees no row of the other kind reads its own in any case). ``"xp"`` must be on, else
+            no prompt is read, and one of ``"pp"``, ``"px"``.
         conditioned: Text prompts depend on the class: a small network shifts them by what it reads in the frozen token
             embeddings of the name. Every class has a context of its own then, and texts share nothing.
 
