@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from clip_oracles import ClassTexts, numbered, unit
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def attend(attention, rows: Tensor, prompts: Tensor, seen: Tensor, lam: Mapping, branches: Sequence[str]) -> Tensor:
@@ -59,7 +59,7 @@ def lam_of(recipe, tensors: Mapping[str, Tensor], tower: str, layer: int) -> dic
     if recipe.lam == "constant":
         return {"x": recipe.lam_value, "p": recipe.lam_value}
     found = {"x": f"{tower}_split.{layer}.instance", "p": f"{tower}_split.{layer}.prompt"}
-    return {kind: tensors.get(name, torch.tensor(0.7)) for kind, name in found.items()}
+    return {kind: tensors.get(name, 0.7) for kind, name in found.items()}
 
 
 def generated(tensors: Mapping[str, Tensor], names: Tensor) -> Tensor:
@@ -67,18 +67,22 @@ def generated(tensors: Mapping[str, Tensor], names: Tensor) -> Tensor:
     return F.linear(hidden, tensors["generator.2.weight"], tensors["generator.2.bias"])
 
 
+def shifted(tower, tokenizer, classnames, recipe, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The text prompts ``[C,M,W]`` of every layer."""
+    layers = [x.expand(len(classnames), -1, -1) for x in (tensors["context"], *numbered(tensors, "deep_text"))]
+    if not recipe.conditioned:
+        return layers
+    ids = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in classnames]
+    names = torch.stack([tower.embeddings.token_embedding.weight[i].mean(0) for i in ids])
+    return [x + generated(tensors, names)[:, None] for x in layers]
+
+
 def text_features(clip, tokenizer, classnames, recipe, tensors: Mapping[str, Tensor]) -> Tensor:
     """Unit features ``[C,D]`` of texts padded to the context limit."""
     tower = clip.text_model
     words = recipe.init or " ".join(["x"] * recipe.n_ctx)
     texts = ClassTexts(clip, tokenizer, classnames, words)
-    layers = [tensors["context"], *numbered(tensors, "deep_text")]
-    shift = 0.0
-    if recipe.conditioned:
-        ids = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in classnames]
-        embedding = tower.embeddings.token_embedding.weight
-        shift = generated(tensors, torch.stack([embedding[i].mean(0) for i in ids]))[:, None]
-    layers = [x.expand(len(classnames), -1, -1) + shift for x in layers]
+    layers = shifted(tower, tokenizer, classnames, recipe, tensors)
     hidden = texts.with_context(layers[0]) + tower.embeddings.position_embedding.weight
     limit, m = hidden.shape[1], recipe.n_ctx
     seen = torch.ones(limit, limit, dtype=torch.bool).tril()
@@ -93,21 +97,46 @@ def text_features(clip, tokenizer, classnames, recipe, tensors: Mapping[str, Ten
 
 
 def image_features(clip, pixel_values: Tensor, recipe, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Unit features ``[B,D]``; prompts behind the patches."""
-    tower, given = clip.vision_model, numbered(tensors, "vision")
-    hidden = tower.embeddings(pixel_values)
-    patches = hidden.shape[1]
-    hidden = tower.pre_layrnorm(torch.cat([hidden, given[0].expand(len(hidden), -1, -1)], dim=1))
+    """Unit features ``[B,D]``."""
+    tower = clip.vision_model
+    hidden = through_images(tower, tower.embeddings(pixel_values), tower.pre_layrnorm, recipe, tensors)
+    return unit(clip.visual_projection(tower.post_layernorm(hidden[:, 0])))
+
+
+def through_images(tower, hidden: Tensor, entry, recipe, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Patches ``[B,N,C]`` through all layers, prompts behind them."""
+    given, patches = numbered(tensors, "vision"), hidden.shape[1]
+    hidden = entry(torch.cat([hidden, given[0].expand(len(hidden), -1, -1)], dim=1))
     prompts = torch.arange(hidden.shape[1]) >= patches
     seen = torch.ones(len(prompts), len(prompts), dtype=torch.bool)
     for i, layer in enumerate(tower.encoder.layers):
         if 1 <= i < len(given):
             hidden = torch.cat([hidden[:, :patches], given[i].expand(len(hidden), -1, -1)], dim=1)
         hidden = run(layer, hidden, prompts, seen, lam_of(recipe, tensors, "vision", i), recipe.branches)
-    return unit(clip.visual_projection(tower.post_layernorm(hidden[:, 0])))
+    return hidden[:, :patches]
 
 
 def decoupled_logits(clip, tokenizer, classnames, pixel_values, recipe, tensors: Mapping[str, Tensor]) -> Tensor:
     """``exp(logit_scale) * unit(image) . unit(text)`` ``[B,C]``."""
     texts = text_features(clip, tokenizer, classnames, recipe, tensors)
     return clip.logit_scale.exp() * image_features(clip, pixel_values, recipe, tensors) @ texts.T
+
+
+def siglip_logits(model, tokenizer, classnames, pixel_values, recipe, tensors: Mapping[str, Tensor]) -> Tensor:
+    """``exp(logit_scale) * unit(image) . unit(text) + logit_bias``: every token sees every token, no start token."""
+    text, vision = model.text_model, model.vision_model
+    limit, m = text.embeddings.position_embedding.num_embeddings, recipe.n_ctx
+    rows = [tokenizer(f"{recipe.init} {name}.", add_special_tokens=True)["input_ids"] for name in classnames]
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (limit - len(row)) for row in rows])
+    layers = shifted(text, tokenizer, classnames, recipe, tensors)
+    hidden = text.embeddings.token_embedding(ids)
+    hidden = torch.cat([layers[0], hidden[:, m:]], dim=1) + text.embeddings.position_embedding.weight
+    prompts, seen = torch.arange(limit) < m, torch.ones(limit, limit, dtype=torch.bool)
+    for i, layer in enumerate(text.encoder.layers):
+        if 1 <= i < len(layers):
+            hidden = torch.cat([layers[i], hidden[:, m:]], dim=1)
+        hidden = run(layer, hidden, prompts, seen, lam_of(recipe, tensors, "text", i), recipe.branches)
+    texts = unit(text.head(text.final_layer_norm(hidden)[:, -1]))
+    hidden = through_images(vision, vision.embeddings(pixel_values), nn.Identity(), recipe, tensors)
+    images = unit(vision.head(vision.post_layernorm(hidden)))
+    return model.logit_scale.exp() * images @ texts.T + model.logit_bias

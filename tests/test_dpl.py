@@ -6,17 +6,17 @@ import copy
 import pytest
 import torch
 from clip_cases import labels, step
-from dpl_oracle import decoupled_logits, image_features
+from dpl_oracle import decoupled_logits, image_features, siglip_logits
 from tiny_clips import MIDDLE, NAMES, SMALL, WIDE, clip, pixels, siglip, tokenizer, values
 from tiny_models import assert_as_good, assert_close, same
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import fastprompt
 from fastprompt import DPL, IVLP, CLIPClassifier, ZeroShot
 from fastprompt.nn.decoupled import exact_lambda, split_attention
 
-F64 = torch.float64
-EPS = torch.finfo(torch.float32).eps
+F64, BF16 = torch.float64, torch.bfloat16
 RECIPES = {
     "learned": DPL(depth=2),
     "per head, deep": DPL(depth=4, lam="per_head"),
@@ -48,19 +48,29 @@ def tensors_of(clf):
     return {key: p.detach().clone().requires_grad_() for key, p in clf.learner.named_parameters()}
 
 
-def oracle(clf, nudged=0):
+def oracle(clf, model=None, nudged=0):
     """What `step` gives, from the oracle; ``nudged`` seeds base weights that are each up to a rounding off."""
-    dtype = clf.clip.dtype
-    tensors = {key: x.to(dtype).detach().requires_grad_() for key, x in tensors_of(clf).items()}
-    plain = clip_of(clf).requires_grad_(False)
+    model = (clip_of(clf) if model is None else model).requires_grad_(False)
+    dtype = model.dtype
+    tensors = {key: x.detach().to(dtype).requires_grad_() for key, x in tensors_of(clf).items()}
     if nudged:
         generator = torch.Generator().manual_seed(nudged)
-        for p in plain.parameters():
+        for p in model.parameters():
             p.mul_(1 + torch.finfo(dtype).eps * (torch.rand(p.shape, generator=generator, dtype=dtype) - 0.5))
-    logits = decoupled_logits(plain, tokenizer(), clf.classnames, pixels(plain), clf.recipe, tensors)
+    images = pixels(clf.clip).to(dtype)
+    logits = decoupled_logits(model, tokenizer(), clf.classnames, images, clf.recipe, tensors)
     loss = cross_entropy(logits, labels(3, len(clf.classnames)))
     gradients = torch.autograd.grad(loss, list(tensors.values()))
     return {"logits": logits.detach(), "loss": loss.detach()} | dict(zip(tensors, gradients, strict=True))
+
+
+def usual(clf, truth):
+    """The oracle in the classifier's dtype; the worst of four, since one form's rounding error is a draw."""
+
+    def error(found):
+        return max(float((x - truth[key]).abs().max() / truth[key].abs().max()) for key, x in found.items())
+
+    return max((oracle(clf, nudged=seed) for seed in range(4)), key=error)
 
 
 def clip_of(clf):
@@ -103,22 +113,19 @@ def test_names(recipe, names):
 @pytest.mark.parametrize("recipe", KINDS)
 def test_float32_is_as_good_as_the_split_written_out(recipe):
     clf = build(RECIPES[recipe], dtype=torch.float32)
-    truth = oracle(build(RECIPES[recipe], tensors={key: x.double() for key, x in tensors_of(clf).items()}))
-    # One form's rounding error is a draw: the worst of four.
-    error = lambda found: max(float((x - truth[k]).abs().max() / truth[k].abs().max()) for k, x in found.items())  # noqa: E731
-    assert_as_good(step(clf), max((oracle(clf, seed) for seed in range(4)), key=error), truth, 4 * EPS)
+    truth = oracle(clf, clip(MIDDLE, F64))
+    assert_as_good(step(clf), usual(clf, truth), truth, 4 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("recipe", KINDS)
-def test_a_bfloat16_model_and_autocast_learn_in_float32(recipe):
-    truth = build(RECIPES[recipe], WIDE)
-    truth = step(build(RECIPES[recipe], WIDE, tensors={k: x.float().double() for k, x in tensors_of(truth).items()}))
-    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
-        clf = build(RECIPES[recipe], WIDE, dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got = step(clf)
-        assert all(p.dtype == torch.float32 == p.grad.dtype for p in clf.learner.parameters())
-        assert (got["logits"].double() - truth["logits"]).abs().max() < 0.15 * truth["logits"].abs().max()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_as_good_and_learns_in_float32(recipe, autocast):
+    clf = build(RECIPES[recipe], WIDE, torch.float32 if autocast else BF16)
+    truth = oracle(clf, clip_of(clf).double())
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        got, baseline = step(clf), usual(clf, truth)
+    assert all(p.dtype == torch.float32 == p.grad.dtype for p in clf.learner.parameters())
+    assert_as_good(got, baseline, truth, torch.finfo(BF16).eps)
 
 
 # Exact is IVLP
@@ -210,6 +217,82 @@ def test_vision_alone_has_hand_written_texts():
     assert all(x.abs().max() > 0 for x in step(clf).values())
 
 
+ATTACHED = {
+    "exact": DPL(n_ctx=0, n_vision=3, depth=2, lam="exact"),
+    "learned": DPL(n_ctx=0, n_vision=3, depth=4),
+    "per head": DPL(n_ctx=0, n_vision=3, depth=2, lam="per_head"),
+    "constant": DPL(n_ctx=0, depth=1, lam="constant", lam_value=0.3, branches=("xx", "xp", "px")),
+}
+
+
+@pytest.mark.parametrize("recipe", ATTACHED)
+def test_any_vision_tower_takes_it(recipe):
+    recipe, model, plain = ATTACHED[recipe], clip(WIDE, F64), clip(WIDE, F64).requires_grad_(False)
+    for x in (model, plain):
+        # A CLIP's own first norm is not in a tower's layers, and prompts of a handle do not pass it.
+        x.vision_model.pre_layrnorm = nn.Identity()
+    handle = fastprompt.attach(model, recipe, tower="vision")
+    parameters = dict(handle.named_parameters())
+    tensors = values({key: p.shape for key, p in parameters.items()}, F64)
+    grad = torch.randn(3, 48, dtype=F64, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(tensors[key])
+    features = model.get_image_features(pixel_values=pixels(model)).pooler_output
+    got = torch.autograd.grad(features / features.norm(dim=-1, keepdim=True), list(parameters.values()), grad)
+    want = image_features(plain, pixels(plain), recipe, {named(key): x for key, x in tensors.items()})
+    expected = torch.autograd.grad(want, list(tensors.values()), grad)
+    assert_close({"": (features / features.norm(dim=-1, keepdim=True)).detach()}, {"": want.detach()})
+    assert_close(dict(zip(tensors, got, strict=True)), dict(zip(tensors, expected, strict=True)))
+    before = plain.get_image_features(pixel_values=pixels(plain)).pooler_output
+    handle.detach()
+    assert torch.equal(model.get_image_features(pixel_values=pixels(model)).pooler_output, before)
+
+
+def named(key):
+    """The oracle's name of a handle's parameter."""
+    _, layer, *rest = key.split(".")
+    return f"vision.{layer}" if rest == ["prompt"] else f"vision_split.{layer}.{rest[-1]}"
+
+
+def test_a_handle_is_saved_baked_and_the_exact_one_is_vpt(tmp_path):
+    images = pixels(clip(WIDE))
+    with fastprompt.attach(clip(WIDE), ATTACHED["per head"], tower="vision") as handle:
+        want = handle.model.get_image_features(pixel_values=images).pooler_output
+        handle.save(tmp_path)
+        found = fastprompt.load(clip(WIDE), tmp_path)
+        assert found.config == handle.config
+        assert torch.equal(found.model.get_image_features(pixel_values=images).pooler_output, want)
+        assert torch.equal(found.bake().model.get_image_features(pixel_values=images).pooler_output, want)
+        assert found.num_trainable == 0
+    with (
+        fastprompt.attach(clip(WIDE), fastprompt.VPT(3, layers=(0, 1)), tower="vision") as vpt,
+        fastprompt.attach(clip(WIDE), ATTACHED["exact"], tower="vision") as handle,
+    ):
+        with torch.no_grad():
+            for mine, its in zip(handle.parameters(), vpt.parameters(), strict=True):
+                mine.copy_(its)
+        features = [x.model.get_image_features(pixel_values=images).pooler_output for x in (handle, vpt)]
+        assert torch.equal(*features)
+
+
+def test_bad_towers_are_named(tmp_path):
+    with pytest.raises(ValueError, match="n_ctx: got 2, but one vision tower has no text prompts; expected n_ctx=0"):
+        fastprompt.attach(clip(), DPL(), tower="vision")
+    with pytest.raises(ValueError, match="config: DPL is for vision towers, but this tower is text"):
+        fastprompt.attach(clip(), DPL(n_ctx=0), tower="text")
+    build(DPL(n_ctx=0, depth=1), dtype=torch.float32).save(tmp_path)
+    with pytest.raises(fastprompt.CheckpointError, match=r"method: got 'DPL'.*CLIPClassifier.load"):
+        fastprompt.load(clip(MIDDLE), tmp_path)
+
+
+def test_a_mask_is_not_dropped():
+    with fastprompt.attach(clip(), DPL(n_ctx=0), tower="vision") as handle:
+        hidden, mask = torch.randn(1, 5, 32), torch.ones(1, 1, 5, 5, dtype=torch.bool)
+        with pytest.raises(fastprompt.UnsupportedModelError, match="masks keys, which decoupled prompts do not take"):
+            handle.tower.layers[0](hidden, mask)
+
+
 # Language
 
 
@@ -248,11 +331,10 @@ def test_order_of_classes_is_free():
 def test_switches_matter_where_prompt_rows_are_alive_and_nowhere_else():
     images = pixels(clip(WIDE, F64))
     for depth, alive in ((1, True), (3, True), (4, False)):
-        clf = build(DPL(depth=depth, lam="constant", lam_value=0.4), WIDE)
-        for off in ("pp", "px"):
-            recipe = DPL(depth=depth, lam="constant", lam_value=0.4, branches={"pp", "px", "xx", "xp"} - {off} and
-                         tuple(b for b in ("xx", "xp", "pp", "px") if b != off))  # fmt: skip
-            other = build(recipe, WIDE, tensors=tensors_of(clf))
+        options = {"depth": depth, "lam": "constant", "lam_value": 0.4}
+        clf = build(DPL(**options), WIDE)
+        for branches in (("xx", "xp", "px"), ("xx", "xp", "pp")):
+            other = build(DPL(branches=branches, **options), WIDE, tensors=tensors_of(clf))
             assert torch.equal(clf.image_features(images), other.image_features(images)) != alive
             assert torch.equal(clf.text_features(), other.text_features()) != alive
 
@@ -271,20 +353,19 @@ def test_rows_that_nothing_reads_have_no_lambda(depth, alive):
 
 @pytest.mark.filterwarnings("ignore:clip. the text tower of SiglipTextModel is not causal")
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_siglip_in_one_softmax_is_its_split_with_the_exact_lambda(chunk):
-    """Every branch through the split, which a joint softmax without a switch does not take."""
-    options = {"model": siglip(F64), "words": tokenizer(start=False), "class_chunk": chunk}
-    want = build(DPL(depth=2, lam="exact"), **options)
-    got = build(
-        DPL(depth=2, lam="exact", branches=("xx", "xp", "pp")),
-        tensors=tensors_of(want),
-        **options | {"model": siglip(F64)},
-    )
-    assert_close(step(got), step(want))
-    alive = [build(DPL(depth=1, lam="constant", lam_value=0.4, branches=("xx", "xp", b)), **options | {"model": siglip(F64)})
-             for b in ("pp", "px")]  # fmt: skip
-    alive[1].learner.load_state_dict(alive[0].learner.state_dict())
-    assert not torch.allclose(alive[0].text_features(), alive[1].text_features())
+@pytest.mark.parametrize("recipe", [
+    DPL(depth=1, lam="per_head"), DPL(n_ctx=4, depth=1, conditioned=True), DPL(depth=2, lam="constant", lam_value=0.3),
+    DPL(depth=1, lam="exact", branches=("xx", "xp", "pp")),
+], ids=repr)  # fmt: skip
+def test_siglip(recipe, chunk):
+    words = tokenizer(start=False)
+    clf = build(recipe, model=siglip(F64), words=words, class_chunk=chunk)
+    got, tensors, model = step(clf), tensors_of(clf), siglip(F64).requires_grad_(False)
+    logits = siglip_logits(model, words, NAMES, pixels(model), recipe, tensors)
+    loss = cross_entropy(logits, labels(3, len(NAMES)))
+    gradients = torch.autograd.grad(loss, list(tensors.values()))
+    want = {"logits": logits.detach(), "loss": loss.detach()} | dict(zip(tensors, gradients, strict=True))
+    assert_close(got, want)
 
 
 def test_compiles_as_one_graph():
@@ -355,7 +436,7 @@ def test_bad_options_are_named(options, named):
 
 
 def test_bad_shares_are_named():
-    with pytest.raises(ValueError, match="share: got 'all'.*one context a class.*expected 'none'"):
+    with pytest.raises(ValueError, match=r"share: got 'all'.*one context a class.*expected 'none'"):
         CLIPClassifier(clip(), tokenizer(), NAMES, DPL(conditioned=True), share="all")
     with pytest.raises(ValueError, match="cache_images: got True, but DPL learns in the vision tower"):
         CLIPClassifier(clip(), tokenizer(), NAMES, DPL(), cache_images=True)

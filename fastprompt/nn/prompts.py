@@ -40,7 +40,7 @@ class LayerPrompt(nn.Module):
         site: The layer.
         inserted: The prompt's rows live on in the next layer, so they run as tokens there and here; attention then sees
             them among the instance keys and `key_value` gives None.
-        split: How rows read each other (DPL's `Split`); None: in one softmax. Whoever gives it holds its parameters.
+        split: How rows read each other (DPL's `Split`); None: in one softmax. Whoever gives it registers it.
     """
 
     enters = True
@@ -87,7 +87,7 @@ class LayerPrompt(nn.Module):
 
     def bake(self) -> None:
         """Freeze the prompt; if the layer is frozen too, keys and values are computed once, even in training mode."""
-        for parameter in self.own():
+        for parameter in (*self.own(), *(p for split in self._split for p in split.parameters())):
             parameter.requires_grad_(False)
         self._baked = True
 
@@ -121,6 +121,7 @@ class ProjectedPrompt(LayerPrompt):
         owner: The projection is shared by all layers; one of them registers it.
         dropout: Probability of dropping an element of the rows in training mode. One draw serves the whole batch: one a
             sample would make keys and values per sample.
+        split: As in `LayerPrompt`.
 
     Example:
         >>> import torch
@@ -142,8 +143,9 @@ class ProjectedPrompt(LayerPrompt):
         projection: nn.Module | None = None,
         owner: bool = True,
         dropout: float = 0.0,
+        split: Split | None = None,
     ):
-        super().__init__(prompt.shape[0], site, inserted)
+        super().__init__(prompt.shape[0], site, inserted, split)
         self.prompt = nn.Parameter(prompt)
         self.dropout = dropout
         if owner:
@@ -215,7 +217,7 @@ class CarriedPrompt(nn.Module):
 
     Args:
         length: Rows P.
-        split: How rows read each other; whoever gives it holds its parameters.
+        split: How rows read each other; whoever gives it registers it.
     """
 
     enters, inserted = False, False

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from fastprompt.nn.decoupled import BRANCHES, MODES, DecoupledPrompt, tower_splits
+from fastprompt.nn.decoupled import BRANCHES, MODES, DecoupledPrompt, Split, tower_splits
 from fastprompt.nn.dual_prompt import normal_prompt
+from fastprompt.nn.prompts import CarriedPrompt, ProjectedPrompt
 from fastprompt.recipes.card import Card
 from fastprompt.recipes.dassl import dassl
 from fastprompt.recipes.words import check_context, check_depth, initial_context
 
 if TYPE_CHECKING:
     from fastprompt.hf.clip import ClipSites
+    from fastprompt.hf.sites import Site
 
 LAM_VALUE = 0.1
 
@@ -61,6 +64,9 @@ class DPL:
     at a tower's layers they are dead throughout. In the causal text tower prompts stand in front of the name and cannot
     see it: all that px reads there is the start token, which itself sees no prompt and keeps λ = 0.
 
+    It is a recipe of `CLIPClassifier`, and with ``n_ctx=0`` of ``attach`` for any vision tower, where its exact form is
+    `VPT`'s.
+
     With a constant λ of 0 instance rows are those of the frozen model, to rounding: all image features, and text
     features of the words that remain, with the slots hidden from them.
 
@@ -82,6 +88,13 @@ class DPL:
         >>> from fastprompt import DPL
         >>> DPL(lam="constant", lam_value=0.2).share, DPL(conditioned=True).share
         ('all', 'none')
+        >>> from transformers import ViTConfig, ViTModel
+        >>> import fastprompt
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        ...                    image_size=32, patch_size=16)
+        >>> with fastprompt.attach(ViTModel(config), DPL(n_ctx=0, n_vision=4, depth=2, lam="per_head")) as handle:
+        ...     [name for name, _ in handle.named_parameters()][2:]
+        ['layers.0.lam.instance', 'layers.1.lam.instance', 'layers.1.lam.prompt', 'layers.2.lam.instance']
     """
 
     n_ctx: int = 2
@@ -94,6 +107,10 @@ class DPL:
     conditioned: bool = False
 
     position = "end"
+    kind = "vision"
+    projects = True
+    outputs = False
+    tokens = None
 
     def __post_init__(self):
         for name in ("n_ctx", "n_vision"):
@@ -150,17 +167,53 @@ class DPL:
         """The optimisation of `IVLP` (`dassl`), since the paper's is not known: options of a `TuneConfig`."""
         return dassl(lr=3.5e-3, batch_size=4, epochs=5)
 
-    def build(self, sites: ClipSites) -> DecoupledPrompt:
+    def baked(self) -> DPL:
+        """The recipe of the prompts after ``handle.bake()``: this one."""
+        return self
+
+    def build(self, sites: ClipSites | list[Site]) -> DecoupledPrompt | dict[int, nn.Module]:
+        """What is learned for a CLIP, or one module for every layer of a vision tower."""
+        return self._for_tower(sites) if isinstance(sites, list) else self._for_clip(sites)
+
+    def _splits(self, layers: int, depth: int, heads: int, dtype: torch.dtype) -> list[Split]:
+        return tower_splits(
+            layers, depth, heads, dtype, mode=self.lam, value=self.lam_value or 0.0, branches=tuple(self.branches)
+        )
+
+    def _for_tower(self, sites: list[Site]) -> dict[int, nn.Module]:
+        if self.n_ctx:
+            raise ValueError(f"n_ctx: got {self.n_ctx}, but one vision tower has no text prompts; expected n_ctx=0")
+        first, count = sites[0], len(sites)
+        depth = min(self.depth, count)
+        if depth < count and first.packed:
+            raise ValueError(
+                f"depth: got {depth} of {count} layers, but prompts that no next layer replaces run as tokens, which a "
+                f"tower of packed images cannot take; expected {count}"
+            )
+        device, dtype = next(first.layer.parameters()).device, torch.promote_types(first.dtype, torch.float32)
+        splits = [split.to(device) for split in self._splits(count, depth, first.heads, dtype)]
+        prompts: dict[int, nn.Module] = {
+            i: ProjectedPrompt(
+                normal_prompt(self.n_vision, sites[i].width).to(device, dtype), sites[i],
+                inserted=i == depth - 1 < count - 1, split=splits[i] if splits else None,
+            )
+            for i in range(depth)
+        }  # fmt: skip
+        prompts |= {i: CarriedPrompt(self.n_vision, splits[i]) for i in range(depth, len(splits))}
+        for i, split in enumerate(splits):
+            prompts[i].add_module("lam", split)
+        return prompts
+
+    def _for_clip(self, sites: ClipSites) -> DecoupledPrompt:
         """Text and vision prompts of all layers, what weighs them, and what shifts those of a class."""
         text = min(self.depth, sites.text_layers) if self.n_ctx else 0
         vision = min(self.depth, sites.vision_layers) if self.n_vision else 0
-        weighed: dict[str, Any] = {"mode": self.lam, "value": self.lam_value, "branches": self.branches}
         return DecoupledPrompt(
             initial_context(sites, self.n_ctx, self.init, words_may_remain=True) if text else None,
             [normal_prompt(self.n_ctx, sites.text_width).to(sites.dtype) for _ in range(text - 1)],
             [normal_prompt(self.n_vision, sites.vision_width).to(sites.dtype) for _ in range(vision)],
-            tower_splits(sites.text_layers, text, sites.text_heads, sites.dtype, **weighed),
-            tower_splits(sites.vision_layers, vision, sites.vision_heads, sites.dtype, **weighed),
+            self._splits(sites.text_layers, text, sites.text_heads, sites.dtype),
+            self._splits(sites.vision_layers, vision, sites.vision_heads, sites.dtype),
             torch.stack([sites.embed(name).mean(0) for name in sites.classnames]).to(sites.dtype)
             if self.conditioned
             else None,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from fastprompt.hf.attach import Handle
 
-#: Every recipe by the name that saved files carry.
-RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT)}
+#: Every recipe of `attach` by the name that saved files carry.
+RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT, DPL)}
 
 #: Every recipe of a `CLIPClassifier`.
 CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, DPL, ZeroShot)}
@@ -60,7 +60,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
 
     content, tensors = read(Path(directory))
     recipe = RECIPES.get(content["method"])
-    if content["method"] in CLIP_RECIPES:
+    if content["tower"] == "clip":
         raise CheckpointError(
             f"method: got {content['method']!r}, expected prompts of a handle; load a classifier with "
             "fastprompt.CLIPClassifier.load(clip, tokenizer, directory)"
