@@ -58,8 +58,8 @@ def lam_of(recipe, tensors: Mapping[str, Tensor], tower: str, layer: int) -> dic
         return {"x": None, "p": None}
     if recipe.lam == "constant":
         return {"x": recipe.lam_value, "p": recipe.lam_value}
-    found = {"x": f"{tower}_split.{layer}.instance", "p": f"{tower}_split.{layer}.prompt"}
-    return {kind: tensors.get(name, 0.7) for kind, name in found.items()}
+    names = {"x": f"{tower}_split.{layer}.instance", "p": f"{tower}_split.{layer}.prompt"}
+    return {kind: tensors[name].sigmoid() if name in tensors else 0.7 for kind, name in names.items()}
 
 
 def generated(tensors: Mapping[str, Tensor], names: Tensor) -> Tensor:

@@ -73,6 +73,13 @@ def usual(clf, truth):
     return max((oracle(clf, nudged=seed) for seed in range(4)), key=error)
 
 
+def gathered(found):
+    """With all gradients of λ as one: each is a sum over all rows and images, whose terms may nearly cancel."""
+    rest = {key: x for key, x in found.items() if "split" not in key}
+    lams = [x.flatten() for key, x in found.items() if "split" in key]
+    return rest | ({"lam": torch.cat(lams)} if lams else {})
+
+
 def clip_of(clf):
     """The classifier's CLIP as it is without it."""
     width = clf.clip.config.text_config.hidden_size
@@ -89,7 +96,7 @@ def test_logits_and_every_gradient_are_those_of_the_split_written_out(name, reci
     want = oracle(clf)
     for key, x in want.items():
         assert x.abs().max() > 1e-5, f"{key} matters"
-    assert_close(step(clf), want)
+    assert_close(gathered(step(clf)), gathered(want))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_logits_and_every_gradient_are_those_of_the_split_written_out(name, reci
 @pytest.mark.parametrize("recipe", KINDS)
 def test_what_is_shared_and_chunked_changes_nothing(recipe, options):
     recipe = RECIPES[recipe]
-    assert_close(step(build(recipe, **options)), step(build(recipe)))
+    assert_close(gathered(step(build(recipe, **options))), gathered(step(build(recipe))))
 
 
 @pytest.mark.parametrize("recipe", KINDS)
@@ -165,10 +172,10 @@ def test_the_exact_lambda_gives_the_joint_softmax_and_any_other_is_off_by_the_di
 # λ of 0 is the frozen model
 
 
-@pytest.mark.parametrize("lam", ["constant", "learned", "per_head"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_without_weight_images_are_those_of_the_frozen_model(lam, depth):
-    clf = CLIPClassifier(clip(WIDE, F64), tokenizer(), NAMES, DPL(n_vision=3, depth=depth, lam=lam, lam_value=0.0))
+def test_without_weight_images_are_those_of_the_frozen_model(depth):
+    recipe = DPL(n_vision=3, depth=depth, lam="constant", lam_value=0.0)
+    clf = CLIPClassifier(clip(WIDE, F64), tokenizer(), NAMES, recipe)
     want = CLIPClassifier(clip(WIDE, F64), tokenizer(), NAMES, ZeroShot()).image_features(pixels(clf.clip))
     assert_close({"": clf.image_features(pixels(clf.clip)).detach()}, {"": want})
 
@@ -345,7 +352,8 @@ def test_rows_that_nothing_reads_have_no_lambda(depth, alive):
     found = {key for key, _ in clf.learner.named_parameters() if "split" in key}
     want = {f"{tower}_split.{i}.instance" for tower in ("text", "vision") for i in range(4)}
     assert found == want | {f"{tower}_split.{i}.prompt" for tower in ("text", "vision") for i in alive}
-    assert all(p.shape == (2,) and (p == 0.1).all() for key, p in clf.learner.named_parameters() if "split" in key)
+    learned = [p for key, p in clf.learner.named_parameters() if "split" in key]
+    assert all(p.shape == (2,) and torch.allclose(p.sigmoid(), torch.tensor(0.1)) for p in learned)
 
 
 # Where it runs
@@ -365,7 +373,7 @@ def test_siglip(recipe, chunk):
     loss = cross_entropy(logits, labels(3, len(NAMES)))
     gradients = torch.autograd.grad(loss, list(tensors.values()))
     want = {"logits": logits.detach(), "loss": loss.detach()} | dict(zip(tensors, gradients, strict=True))
-    assert_close(got, want)
+    assert_close(gathered(got), gathered(want))
 
 
 def test_compiles_as_one_graph():
@@ -379,7 +387,8 @@ def test_compiles_as_one_graph():
     finally:
         torch._dynamo.reset()
     got = {"logits": out.logits.detach(), "loss": out.loss.detach()}
-    assert_close(got | {key: p.grad for key, p in clf.learner.named_parameters()}, want)
+    got |= {key: p.grad for key, p in clf.learner.named_parameters()}
+    assert_close(gathered(got), gathered(want))
 
 
 def test_a_copy_keeps_working_and_detach_gives_the_clip_back():
@@ -425,6 +434,7 @@ def test_lambda_is_learned():
     ({"n_ctx": 0, "n_vision": 0}, "n_vision"), ({"depth": 0}, "depth"), ({"init": " "}, "init"),
     ({"lam": "fixed"}, "lam"), ({"lam": 0.1}, "lam"), ({"lam_value": 1.5}, "lam_value"),
     ({"lam_value": float("nan")}, "lam_value"), ({"lam_value": "0.1"}, "lam_value"),
+    ({"lam_value": 0}, "lam_value"), ({"lam": "per_head", "lam_value": 1.0}, "lam_value"),
     ({"lam": "exact", "lam_value": 0.5}, "lam_value"), ({"branches": ("xx", "pp")}, "branches"),
     ({"branches": ("xx", "xp")}, "branches"), ({"branches": ("xp", "pp", "yy")}, "branches"),
     ({"branches": None}, "branches"), ({"conditioned": 1}, "conditioned"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from fastprompt.nn.decoupled import by_row
+from fastprompt.nn.decoupled import weight
 from fastprompt.ops import prompt_attention_varlen
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _suffixes(
 ) -> Tensor:
     """Words ``[T,H,D]`` that read those before them, and slots in the prefix ``[1,H,prefix,D]``."""
     query, key, value = own
-    lam = by_row(split.instance)
+    lam = weight(split.instance)
     prompts, words = zip(*(_kinds(packed, x) for x in prefix), strict=True)
     read = prefix if lam is None else words
     out: Any = prompt_attention_varlen(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class Split(nn.Module):
     """How the rows of one layer read each other: λ_X of its instance rows and λ_P of its prompt rows.
 
     Args:
-        instance: λ_X, the weight of the prompts: None (exact), a number, or a tensor ``[]`` or ``[H]`` to learn.
+        instance: λ_X, the weight of the prompts: None (exact), a number, or a tensor ``[]`` or ``[H]`` to learn: it
+            stands for the difference ``L_XP - L_XX`` of the log-sum-exps, ``λ_X = σ(instance)``.
         prompt: λ_P, the weight of the instance, likewise.
         alive: Something reads the prompt rows behind this layer; else (identity I2) they are not computed and have
             no λ_P.
@@ -102,18 +104,18 @@ class Split(nn.Module):
     def __init__(self, instance: float | Tensor | None, prompt: float | Tensor | None, alive: bool):
         super().__init__()
         self.alive = alive
-        self.instance = nn.Parameter(instance) if isinstance(instance, Tensor) else instance
-        self.prompt = nn.Parameter(prompt) if isinstance(prompt, Tensor) and alive else None if not alive else prompt
+        given = (instance, prompt if alive else None)
+        self.instance, self.prompt = (nn.Parameter(x) if isinstance(x, Tensor) else x for x in given)
 
     def instance_rows(self, query: Tensor, own: KeyValue, prompts: KeyValue, **options: Any) -> Tensor:
         """``(1 - λ_X) A_XX V_X + λ_X A_XP V_P`` of instance rows; arguments as in `split_attention`."""
-        return split_attention(query, own, prompts, by_row(self.instance), **options)
+        return split_attention(query, own, prompts, weight(self.instance), **options)
 
     def prompt_rows(self, query: Tensor, own: KeyValue, instance: KeyValue, **options: Any) -> Tensor:
         """``(1 - λ_P) A_PP V_P + λ_P A_PX V_X`` of prompt rows; zeros if they are dead."""
         if not self.alive:
             return torch.zeros_like(query)
-        return split_attention(query, own, instance, by_row(self.prompt), **options)
+        return split_attention(query, own, instance, weight(self.prompt), **options)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prompt: KeyValue | None, length: int, scale: float | None
@@ -137,9 +139,9 @@ class Split(nn.Module):
         return torch.cat([self.prompt_rows(prompts, own, instance, scale=scale), read], dim=2)
 
 
-def by_row(lam: float | Tensor | None) -> float | Tensor | None:
-    """λ as `split_attention` takes it: ``[]`` or ``[H]`` as ``[1 or H, 1]``."""
-    return lam.reshape(-1, 1) if isinstance(lam, Tensor) else lam
+def weight(given: float | Tensor | None) -> float | Tensor | None:
+    """λ of what a `Split` holds, as `split_attention` takes it: a learned one is ``[1 or H, 1]``."""
+    return given.sigmoid().reshape(-1, 1) if isinstance(given, Tensor) else given
 
 
 def tower_splits(
@@ -147,7 +149,8 @@ def tower_splits(
 ) -> list[Split]:
     """A `Split` for every layer of a tower whose first ``depth`` layers get fresh prompts; none for one softmax.
 
-    Prompt rows are alive where no fresh prompt follows, up to the layer before the last.
+    A constant λ is ``value``, a learned one starts there. Prompt rows are alive where no fresh prompt follows, up to
+    the layer before the last.
     """
     if not depth or (mode == "exact" and set(branches) == set(BRANCHES)):
         return []
@@ -156,7 +159,9 @@ def tower_splits(
         if own not in branches or other not in branches:
             return float(other in branches)
         shape = {"learned": (), "per_head": (heads,)}.get(mode)
-        return None if mode == "exact" else value if shape is None else torch.full(shape, value, dtype=dtype)
+        if shape is None:
+            return None if mode == "exact" else value
+        return torch.full(shape, math.log(value / (1 - value)), dtype=dtype)
 
     return [Split(lam("xx", "xp"), lam("pp", "px"), depth - 1 <= i < layers - 1) for i in range(layers)]
 

@@ -38,8 +38,8 @@ CARD = Card(
         "Of the abstract: attention over prompts and instance as four sub-processes, some of them approximated; text "
         "prompts conditioned on language; one modality or both; no other loss and no other data. All else is our "
         "reading: no code was found, and the full text was not read.",
-        "Ours: which sub-processes are approximated and how. λ of instance and of prompt rows may be a constant, or a "
-        "learned number of a layer or of a head, not confined to [0, 1]; every branch can be switched off.",
+        "Ours: which sub-processes are approximated and how. λ of instance and of prompt rows may be a constant, or "
+        "σ(a) with a learned number a of a layer or head for the difference of log-sum-exps; branches can be off.",
         "Ours: λ starts at 0.1. With lam='exact' and all branches it is IVLP.",
         "Ours: where prompts enter and how deep they go (MaPLe's: fresh ones in the first 9 layers), and how many.",
         "Ours: language conditioning is a network on the mean of a class name's frozen token embeddings, which shifts "
@@ -56,13 +56,14 @@ class DPL:
 
     Instance rows x and prompt rows p each read their own kind and the other with a softmax of its own, weighed by λ:
     ``out_x = (1 - λ_x) A_xx V_x + λ_x A_xp V_p`` and ``out_p = (1 - λ_p) A_pp V_p + λ_p A_px V_x``. The joint softmax
-    has ``λ = σ(L_other - L_own)`` of the log-sum-exps, a number a row; any other λ is off by ``(λ - σ)`` times the
-    difference of both reads. With ``lam="exact"`` and all branches, logits and gradients are those of `IVLP`.
+    has ``λ* = σ(L_other - L_own)`` of the log-sum-exps, one a row and head; any other λ is off by ``λ - λ*`` times the
+    difference of both reads. A learned λ is ``σ(a)``: one number a for ``L_other - L_own`` of all rows. With
+    ``lam="exact"`` and all branches, logits and gradients are those of `IVLP`.
 
     Where the next layer gets fresh prompts, nothing reads what this layer's gather: pp and px are dead there, and are
     not computed. They are alive from the last of the ``depth`` layers to the last but one of the tower; with ``depth``
     at a tower's layers they are dead throughout. In the causal text tower prompts stand in front of the name and cannot
-    see it: all that px reads there is the start token, which itself sees no prompt and keeps λ = 0.
+    see it: all that px reads there is the start token, which itself sees no prompt and reads words alone.
 
     It is a recipe of `CLIPClassifier`, and with ``n_ctx=0`` of ``attach`` for any vision tower, where its exact form is
     `VPT`'s.
@@ -77,7 +78,8 @@ class DPL:
         init: As in `IVLP`.
         lam: ``"exact"``; ``"constant"``; ``"learned"``: one λ_x, and where prompts are alive one λ_p, a layer;
             ``"per_head"``: one of each a head.
-        lam_value: λ, or what it starts at, in [0, 1]; None is 0.1. Not for ``"exact"``.
+        lam_value: The constant λ, in [0, 1], or what a learned one starts at, in (0, 1); None is 0.1. Not for
+            ``"exact"``.
         branches: Of ``"xx"``, ``"xp"``, ``"pp"``, ``"px"``, those that are on. The other branch of the rows gets the
             whole weight (a row that sees no row of the other kind reads its own in any case). ``"xp"`` must be on, else
             no prompt is read, and one of ``"pp"``, ``"px"``.
@@ -145,6 +147,11 @@ class DPL:
         value = LAM_VALUE if value is None else value
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
             raise ValueError(f"lam_value: got {value!r}, expected a weight in [0, 1]")
+        if self.lam != "constant" and value in (0, 1):
+            raise ValueError(
+                f"lam_value: got {value!r} with lam={self.lam!r}, expected a start between 0 and 1: λ = σ(a) reaches "
+                "neither; lam='constant' does"
+            )
         object.__setattr__(self, "lam_value", float(value))
 
     @property
