@@ -376,8 +376,9 @@ def test_siglip(recipe, chunk):
     assert_close(gathered(got), gathered(want))
 
 
-def test_compiles_as_one_graph():
-    clf = build(DPL(depth=2), SMALL)
+@pytest.mark.parametrize("recipe", ["learned", "conditioned"])
+def test_compiles_as_one_graph(recipe):
+    clf = build(RECIPES[recipe], SMALL)
     want = step(clf)
     compiled = torch.compile(clf, fullgraph=True, backend="eager")
     clf.zero_grad()
