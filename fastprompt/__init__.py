@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "APT": "recipes.apt",
+    "DPL": "recipes.dpl",
     "H2O": "cache.policies",
     "TOVA": "cache.policies",
     "AdaKV": "cache.adakv",
@@ -48,10 +49,10 @@ _WHERE = {
 }
 
 __all__ = [
-    "APT", "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError",
-    "CoCoOp", "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV",
-    "PromptCache", "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach",
-    "check_finite", "compress", "explain", "load", "nn", "ops", "recipes",
+    "APT", "DPL", "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier",
+    "CheckpointError", "CoCoOp", "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe",
+    "PrefixKV", "PromptCache", "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__",
+    "attach", "check_finite", "compress", "explain", "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from fastprompt.recipes.clip_classifier import CLIPClassifier
     from fastprompt.recipes.cocoop import CoCoOp
     from fastprompt.recipes.coop import CoOp
+    from fastprompt.recipes.dpl import DPL
     from fastprompt.recipes.ivlp import IVLP
     from fastprompt.recipes.maple import MaPLe
     from fastprompt.recipes.prefix_kv import PrefixKV

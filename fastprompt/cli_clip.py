@@ -38,7 +38,9 @@ class ClipJob(Job):
         "coop": _TRAINED | dict.fromkeys(("n_ctx", "init", "csc", "position")),
         "cocoop": _TRAINED | dict.fromkeys(("n_ctx", "init")),
         "maple": _TRAINED | dict.fromkeys(("n_ctx", "init", "depth")),
-        "ivlp": _TRAINED | dict.fromkeys(("n_ctx", "init", "depth")),
+        "ivlp": _TRAINED | dict.fromkeys(("n_ctx", "n_vision", "init", "depth")),
+        "dpl": _TRAINED
+        | dict.fromkeys(("n_ctx", "n_vision", "init", "depth", "lam", "lam_value", "branches", "conditioned")),
         "zeroshot": _TASK,
     }
     free = Job.free | {"eval_size", "cache_images", "templates"}
@@ -53,12 +55,20 @@ class ClipJob(Job):
     @classmethod
     def add_arguments(cls, sub: argparse.ArgumentParser) -> None:
         """Declare what only a CLIP takes."""
-        group = sub.add_argument_group("a CLIP (--recipe coop, cocoop, maple, ivlp, zeroshot): learned prompts")
-        group.add_argument("--n-ctx", type=int, help="context tokens [16 or those of --init; maple, ivlp: 2]")
+        group = sub.add_argument_group("a CLIP (--recipe coop, cocoop, maple, ivlp, dpl, zeroshot): learned prompts")
+        group.add_argument("--n-ctx", type=int, help="context tokens [16 or those of --init; maple, ivlp, dpl: 2]")
+        group.add_argument("--n-vision", type=int, help="ivlp, dpl: prompts of a vision layer [2]")
         group.add_argument("--init", metavar="WORDS", help="words whose embeddings start the context; none: random "
                            "[coop: none; others: 'a photo of a']")  # fmt: skip
         group.add_argument("--csc", action="store_true", default=None, help="coop: one context a class")
         group.add_argument("--position", choices=("end", "middle", "front"), help="coop: where the name stands [end]")
+        group.add_argument("--lam", choices=("exact", "constant", "learned", "per_head"),
+                           help="dpl: how λ is found [learned]")  # fmt: skip
+        group.add_argument("--lam-value", type=float, help="dpl: λ, or what it starts at [0.1]")
+        group.add_argument("--branches", choices=("xx", "xp", "pp", "px"), nargs="+",
+                           help="dpl: what instance rows (x) and prompt rows (p) read [all]")  # fmt: skip
+        group.add_argument("--conditioned", action="store_true", default=None,
+                           help="dpl: text prompts depend on the class name")  # fmt: skip
         group.add_argument("--class-names", type=Path, metavar="FILE", help="a name a line, in the order of the sorted "
                            "class folders, or folder=name [the folders' names]")  # fmt: skip
         group.add_argument("--templates", type=Path, metavar="FILE", help="texts with {} for the class name, one a "

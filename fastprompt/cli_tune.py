@@ -50,8 +50,8 @@ def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
                      "half of the smallest class, of each]")  # fmt: skip
     sub.add_argument("--length", type=int, help=f"vpt, prefix: prompts a layer [{image['length']}; {text['length']}]")
     sub.add_argument("--layers", type=int, nargs="+", help="vpt, prefix: layers that get prompts, from 0 [all]")
-    sub.add_argument("--depth", type=_depth, help="vpt: deep or shallow [deep]; maple, ivlp: layers, from the first, "
-                     "that get prompts [9; 12]")  # fmt: skip
+    sub.add_argument("--depth", type=_depth, help="vpt: deep or shallow [deep]; maple, ivlp, dpl: layers, from the "
+                     "first, that get prompts [9; 12; 9]")  # fmt: skip
     sub.add_argument("--image-size", type=int, help=f"pixels a side [{image['image_size']}; clip: the model's]")
     sub.add_argument("--epochs", type=int, help=f"[{image['epochs']}; {published}]")
     sub.add_argument("--batch-size", type=int, help=f"[{image['batch_size']}; {published}]")

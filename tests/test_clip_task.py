@@ -21,7 +21,7 @@ from fastprompt.tuning.clips import ClipTask
 
 COLOURS = {"big_dog": (200, 40, 40), "cat": (40, 200, 40), "hill": (40, 40, 200), "red_house": (200, 200, 40)}
 NAMES = [name.replace("_", " ") for name in COLOURS]
-TRAINED = ("coop", "cocoop", "maple", "ivlp")
+TRAINED = ("coop", "cocoop", "maple", "ivlp", "dpl")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_tune_eval_inspect(files, tmp_path, capsys, recipe):
 
 def _recipe(name):
     return {"coop": fastprompt.CoOp(), "cocoop": fastprompt.CoCoOp(), "maple": fastprompt.MaPLe(),
-            "ivlp": fastprompt.IVLP()}[name]  # fmt: skip
+            "ivlp": fastprompt.IVLP(), "dpl": fastprompt.DPL()}[name]  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", TRAINED)
@@ -203,6 +203,9 @@ def test_class_names_in_order_or_by_folder():
         ("coop", ["--length", "3"], "--length: got a value with --recipe coop, but it is for --recipe vpt, prefix"),
         ("coop", ["--task", "image"], "--recipe: got coop with --task image, expected one of vpt"),
         ("zeroshot", ["--epochs", "3"], "--epochs: got a value with --recipe zeroshot"),
+        ("ivlp", ["--lam", "exact"], "--lam: got a value with --recipe ivlp, but it is for --recipe dpl"),
+        ("dpl", ["--lam", "exact", "--lam-value", "0.2"], "lam_value: got 0.2 with lam='exact'"),
+        ("dpl", ["--branches", "xx", "pp"], "branches: got ['xx', 'pp'], expected some of 'xx'"),
         ("coop", ["--n-ctx", "0"], "n_ctx: got 0"),
         ("coop", ["--n-ctx", "90"], "90"),
         ("maple", ["--depth", "deep"], "depth: got 'deep'"),
@@ -252,6 +255,7 @@ def test_unknown_recipes_and_options_of_other_runs_are_refused(files, tmp_path, 
     [
         ("coop", 1, (2e-3, 32, 50)), ("coop", 4, (2e-3, 32, 100)), ("coop", 16, (2e-3, 32, 200)),
         ("cocoop", 16, (2e-3, 1, 10)), ("maple", 16, (3.5e-3, 4, 5)), ("ivlp", 1, (3.5e-3, 4, 5)),
+        ("dpl", 1, (3.5e-3, 4, 5)),
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_as_published(recipe, shots, published):
@@ -270,6 +274,11 @@ def test_what_is_given_replaces_what_is_published():
     config = TuneConfig(**job.settings(job.args))
     assert (config.epochs, config.warmup, config.optimizer, config.lr) == (5, 0.2, "adamw", 2e-3)
     assert job.recipe == fastprompt.CoOp(csc=True)
+    options = "--n-vision 3 --lam constant --lam-value 0.2 --branches xx px xp --conditioned --init none".split()
+    want = fastprompt.DPL(
+        n_vision=3, init=None, lam="constant", lam_value=0.2, branches=("xx", "xp", "px"), conditioned=True
+    )
+    assert _job(["--recipe", "dpl", *options]).recipe == want
 
 
 def _job(options):

@@ -106,10 +106,11 @@ def attention(
     layer = _claim(key)
     if layer is not None:
         attention_mask = layer.mask(query, attention_mask)
-    child = getattr(module, CHILD, None)
+    child: Any = getattr(module, CHILD, None)
     prompt = None if child is None else child.key_value()
+    split = getattr(child, "split", None)
     wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)
-    if prompt is None and wanted is not None and blocks is None:
+    if prompt is None and split is None and wanted is not None and blocks is None:
         found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -121,7 +122,13 @@ def attention(
             f"dropout: got {dropout} at an attention module with prompts or a compressing cache, expected 0.0; call "
             "model.eval(), or set the attention dropout of the model's config to 0 before the model is built or loaded"
         )
-    if blocks is not None and prompt is None and attention_mask is None:
+    if split is not None:
+        if attention_mask is not None:
+            raise UnsupportedModelError(
+                f"model: {type(module).__name__} masks keys, which decoupled prompts do not take; expected no mask"
+            )
+        out, lse = split.attend(query, key, value, prompt, child.length, scaling), None
+    elif blocks is not None and prompt is None and attention_mask is None:
         # One new token for every sample, the usual step.
         out, lse = blocks.attend(query, scaling, key, value)
     else:

@@ -55,7 +55,7 @@ class ClassEncoder(nn.Module):
 
     def sites(self, clip: Any) -> ClipSites:
         """What a recipe needs to know of the model."""
-        return ClipSites.of(clip, self.tower, len(self.classnames), lambda x: self.tower.embed(self.words.ids(x)))
+        return ClipSites.of(clip, self.tower, self.classnames, lambda x: self.tower.embed(self.words.ids(x)))
 
     def lay_out(self, recipe: Any, length: int, share: str | None) -> None:
         """Lay out every class's text around a context of ``length`` tokens.

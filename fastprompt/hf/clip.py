@@ -15,6 +15,7 @@ from fastprompt.errors import UnsupportedModelError
 from fastprompt.hf.attention import dropout_fields
 from fastprompt.hf.packing import Packed, Packing, shared_length
 from fastprompt.hf.sites import choose_tower
+from fastprompt.hf.split_texts import attend_split
 from fastprompt.nn.frozen_mlp import is_frozen_quick, run_mlp
 
 #: Parts of a text tower and of its layers, as CLIP, MetaCLIP 2 and SigLIP name them.
@@ -35,7 +36,9 @@ class ClipSites:
         feature_width: D, of projected features.
         text_layers: Layers of the text tower.
         vision_layers: Layers of the vision tower.
-        classes: Number of classes C.
+        text_heads: Heads of a text layer.
+        vision_heads: Heads of a vision layer.
+        classnames: The C classes.
         dtype: Of learned tensors: float32, or float64 for a float64 model.
         embed: Token embeddings ``[n,W]`` of a text without special tokens.
     """
@@ -45,18 +48,27 @@ class ClipSites:
     feature_width: int
     text_layers: int
     vision_layers: int
-    classes: int
+    text_heads: int
+    vision_heads: int
+    classnames: tuple[str, ...]
     dtype: torch.dtype
     embed: Callable[[str], Tensor]
 
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        return len(self.classnames)
+
     @classmethod
-    def of(cls, clip: Any, tower: TextTower, classes: int, embed: Callable[[str], Tensor]) -> ClipSites:
+    def of(cls, clip: Any, tower: TextTower, classnames: tuple[str, ...], embed: Callable[[str], Tensor]) -> ClipSites:
         """The sites of a CLIP-like model."""
         vision: Any = choose_tower(clip, "vision")
         width = vision.module.config.hidden_size
+        heads = (tower.text.config.num_attention_heads, vision.module.config.num_attention_heads)
         feature = clip.config.projection_dim if hasattr(clip, "visual_projection") else width
         dtype = torch.promote_types(tower.text.embeddings.token_embedding.weight.dtype, torch.float32)
-        return cls(tower.width, width, feature, len(tower.layers), len(vision.layers), classes, dtype, embed)
+        layers = (len(tower.layers), len(vision.layers))
+        return cls(tower.width, width, feature, *layers, *heads, classnames, dtype, embed)
 
 
 class FrozenRows(NamedTuple):
@@ -103,6 +115,8 @@ class TextTower:
             )
         self.text, self.layers = text, list(layers)
         self.projection = getattr(model, "text_projection", None) or getattr(text, "head", None)
+        # How the rows of a layer read prompts (DPL's `Split`); none: in one softmax with all else.
+        self.splits: Sequence[Any] = ()
         self.causal = self._find_causality()
 
     @property
@@ -161,7 +175,8 @@ class TextTower:
             if 0 < index <= len(deep):
                 hidden = packed.put(hidden, deep[index - 1])
             known = projected if index == 0 else None
-            hidden = _run_layer(layer, hidden, packed, known, last=index == len(self.layers) - 1)
+            split = self.splits[index] if self.splits and packed.context else None
+            hidden = _run_layer(layer, hidden, packed, known, split, last=index == len(self.layers) - 1)
         hidden = self.text.final_layer_norm(hidden)
         return hidden if self.projection is None else self.projection(hidden)
 
@@ -221,7 +236,9 @@ def _project(attention: Any, normed: Tensor) -> list[Tensor]:
     return [project(normed).unflatten(-1, (attention.num_heads, -1)) for project in projections]
 
 
-def _run_layer(layer: Any, hidden: Tensor, packed: Packed, known: list[Tensor] | None, last: bool) -> Tensor:
+def _run_layer(
+    layer: Any, hidden: Tensor, packed: Packed, known: list[Tensor] | None, split: Any, last: bool
+) -> Tensor:
     """One pre-norm layer on packed rows; of the last one only what the end tokens need.
 
     ``known`` are the suffixes' queries, keys and values in the first layer, of one group.
@@ -233,7 +250,10 @@ def _run_layer(layer: Any, hidden: Tensor, packed: Packed, known: list[Tensor] |
     else:
         shared = _project(attention, layer.layer_norm1(packed.split(hidden)[0]))
         own = [x.repeat(packed.groups, 1, 1) for x in known]
-    mixed = packed.attend(shared, own, attention.scale, last=last)
+    if split is None:
+        mixed = packed.attend(shared, own, attention.scale, last=last)
+    else:
+        mixed = attend_split(packed, split, shared, own, attention.scale, last=last)
     if last:
         mixed = mixed.index_select(0, packed.ends)
         hidden = hidden.index_select(0, packed.ends + packed.groups * packed.prefix)

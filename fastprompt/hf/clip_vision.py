@@ -18,7 +18,7 @@ from fastprompt.hf.attention import CHILD
 from fastprompt.hf.clip import unit
 from fastprompt.hf.sites import Site, choose_tower
 from fastprompt.nn.dual_prompt import DualPrompt
-from fastprompt.nn.prompts import ComputedPrompt, versions_of
+from fastprompt.nn.prompts import CarriedPrompt, ComputedPrompt, versions_of
 
 
 @dataclass
@@ -65,15 +65,17 @@ class VisionPrompts:
         self.entry: Any = getattr(choose_tower(clip, "vision").module, "pre_layrnorm", None)
 
     def build(self, sites: list[Site]) -> dict[int, nn.Module]:
-        """One prompt module for each of the first J layers."""
+        """One prompt module for each of the first J layers; if they are split, for all that their rows run through."""
         depth, length = self.learner.vision_depth, self.learner.vision_length
-        return {
+        splits: Any = list(self.learner.vision_split)
+        prompts: dict[int, nn.Module] = {
             i: ComputedPrompt(
                 partial(self._rows, i), length, self.learner.parameters, sites[i],
-                inserted=i == depth - 1 < len(sites) - 1,
+                inserted=i == depth - 1 < len(sites) - 1, split=splits[i] if splits else None,
             )
             for i in range(depth)
         }  # fmt: skip
+        return prompts | {i: CarriedPrompt(length, splits[i]) for i in range(depth, len(splits))}
 
     def _rows(self, layer: int) -> Tensor:
         rows = self.learner.vision_rows(layer)

@@ -28,6 +28,12 @@ def shared_length(sequences: Sequence[Sequence[int]]) -> int:
     return shortest
 
 
+def _side_by_side(places: Sequence[int]) -> tuple[int, int] | None:
+    """Where places that follow each other begin and end."""
+    first, end = (places[0], places[-1] + 1) if places else (0, 0)
+    return (first, end) if 0 < len(places) == end - first else None
+
+
 class Packed(NamedTuple):
     """The rows of one pass: the prefixes of G groups, then the suffixes of every class for each group.
 
@@ -40,6 +46,7 @@ class Packed(NamedTuple):
         slot_rows: int64, every row that holds a slot of the context.
         slots: int64, the slot that each of them holds.
         longest: Rows of the longest suffix.
+        context: Where slots begin and end in every text, if they stand side by side; else None.
         causal: Whether a row sees the rows before it alone.
     """
 
@@ -51,6 +58,7 @@ class Packed(NamedTuple):
     slot_rows: Tensor
     slots: Tensor
     longest: int
+    context: tuple[int, int] | None
     causal: bool
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +120,7 @@ class Packing(nn.Module):
         rows = [*sequences[0][:prefix], *(i for s in own for i in s)]
         at = [row for row, i in enumerate(rows) if i < 0]
         self.slots_in_suffix = any(row >= prefix for row in at)
+        self.context = _side_by_side([i for i, x in enumerate(sequences[0]) if x < 0])
         numbers = {
             "ids": [max(i, 0) for i in rows],
             "positions": [*range(prefix), *(i for s in own for i in range(prefix, prefix + len(s)))],
@@ -157,5 +166,6 @@ class Packing(nn.Module):
             slot_rows=(self.slot_rows + first + group[:, None] * step).flatten(),
             slots=self.slots.repeat(groups),
             longest=self.longest,
+            context=self.context,
             causal=self.causal,
         )  # fmt: skip

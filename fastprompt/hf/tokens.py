@@ -106,6 +106,7 @@ def install_rows(sites: list[Site]) -> list:
     carried = 0
     for site in sites:
         child: Any = getattr(site.attention, CHILD, None)
+        child = child if child is not None and child.enters else None
         stripped = carried if child is not None else 0
         fresh = child if child is not None and child.inserted else None
         if child is not None:

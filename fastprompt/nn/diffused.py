@@ -34,7 +34,7 @@ class DiffusedPrompt(nn.Module):
     https://arxiv.org/abs/2306.15706
     """
 
-    inserted = False
+    enters, inserted = True, False
 
     def __init__(
         self,

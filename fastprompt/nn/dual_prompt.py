@@ -22,6 +22,8 @@ class DualPrompt(nn.Module):
         meta: Maps a unit image feature ``[B,D]`` to a shift ``[B,W]`` of every context token (CoCoOp).
         vision: J tensors ``[Mv,Wv]`` (IVLP).
         couple: J modules that map the text prompt of a layer ``[M,W]`` to its vision prompt ``[M,Wv]`` (MaPLe).
+        text_split: How the rows of every text layer read prompts (DPL's `Split`); none: in one softmax with the rest.
+        vision_split: Likewise of every vision layer.
 
     Example:
         >>> import torch
@@ -38,6 +40,8 @@ class DualPrompt(nn.Module):
         meta: nn.Module | None = None,
         vision: Iterable[Tensor] = (),
         couple: Iterable[nn.Module] = (),
+        text_split: Iterable[nn.Module] = (),
+        vision_split: Iterable[nn.Module] = (),
     ):
         super().__init__()
         self.context = None if context is None else nn.Parameter(context)
@@ -45,6 +49,7 @@ class DualPrompt(nn.Module):
         self.meta = meta
         self.vision = nn.ParameterList(nn.Parameter(x) for x in vision)
         self.couple = nn.ModuleList(couple)
+        self.text_split, self.vision_split = nn.ModuleList(text_split), nn.ModuleList(vision_split)
 
     @property
     def length(self) -> int:
@@ -70,6 +75,10 @@ class DualPrompt(nn.Module):
                 "image_features: got None, expected unit image features [B,D]: this context depends on the image"
             )
         return self.context + self.meta(image.to(self.context.dtype)).unsqueeze(1)
+
+    def deep(self) -> list[Tensor]:
+        """What the slots hold before text layers 1, 2, ...: ``[slots,W]`` each."""
+        return list(self.deep_text)
 
     def vision_rows(self, layer: int) -> Tensor:
         """The vision prompt ``[Mv,Wv]`` of a layer below `vision_depth`."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastprompt.nn.decoupled import Split
 
 
 class Site(Protocol):
@@ -37,13 +40,23 @@ class LayerPrompt(nn.Module):
         site: The layer.
         inserted: The prompt's rows live on in the next layer, so they run as tokens there and here; attention then sees
             them among the instance keys and `key_value` gives None.
+        split: How rows read each other (DPL's `Split`); None: in one softmax. Whoever gives it registers it.
     """
 
-    def __init__(self, length: int, site: Site, inserted: bool = False):
+    enters = True
+
+    def __init__(self, length: int, site: Site, inserted: bool = False, split: Split | None = None):
         super().__init__()
         self.length, self.site, self.inserted = length, site, inserted
+        # In a tuple it is not a submodule.
+        self._split = () if split is None else (split,)
         self._kept: tuple[tuple, tuple[Tensor, Tensor]] | None = None
         self._baked = False
+
+    @property
+    def split(self) -> Split | None:
+        """How rows read each other, where not in one softmax."""
+        return next(iter(self._split), None)
 
     def rows(self) -> Tensor:
         """The prompt's rows ``[P,C]`` in the dtype of the layer's input."""
@@ -74,7 +87,7 @@ class LayerPrompt(nn.Module):
 
     def bake(self) -> None:
         """Freeze the prompt; if the layer is frozen too, keys and values are computed once, even in training mode."""
-        for parameter in self.own():
+        for parameter in (*self.own(), *(p for split in self._split for p in split.parameters())):
             parameter.requires_grad_(False)
         self._baked = True
 
@@ -108,6 +121,7 @@ class ProjectedPrompt(LayerPrompt):
         owner: The projection is shared by all layers; one of them registers it.
         dropout: Probability of dropping an element of the rows in training mode. One draw serves the whole batch: one a
             sample would make keys and values per sample.
+        split: As in `LayerPrompt`.
 
     Example:
         >>> import torch
@@ -129,8 +143,9 @@ class ProjectedPrompt(LayerPrompt):
         projection: nn.Module | None = None,
         owner: bool = True,
         dropout: float = 0.0,
+        split: Split | None = None,
     ):
-        super().__init__(prompt.shape[0], site, inserted)
+        super().__init__(prompt.shape[0], site, inserted, split)
         self.prompt = nn.Parameter(prompt)
         self.dropout = dropout
         if owner:
@@ -169,6 +184,7 @@ class ComputedPrompt(LayerPrompt):
         sources: Gives the tensors that ``function`` reads.
         site: The layer.
         inserted: As in `LayerPrompt`.
+        split: As in `LayerPrompt`.
     """
 
     def __init__(
@@ -178,8 +194,9 @@ class ComputedPrompt(LayerPrompt):
         sources: Callable[[], Iterable[Tensor]],
         site: Site,
         inserted: bool = False,
+        split: Split | None = None,
     ):
-        super().__init__(length, site, inserted)
+        super().__init__(length, site, inserted, split)
         self._function, self._sources = function, sources
 
     def extra_repr(self) -> str:
@@ -193,6 +210,33 @@ class ComputedPrompt(LayerPrompt):
     def own(self) -> tuple[Tensor, ...]:
         """The tensors that the rows are computed of."""
         return tuple(self._sources())
+
+
+class CarriedPrompt(nn.Module):
+    """The prompt of an earlier layer, whose rows run on as tokens here, read as ``split`` says.
+
+    Args:
+        length: Rows P.
+        split: How rows read each other; whoever gives it registers it.
+    """
+
+    enters, inserted = False, False
+
+    def __init__(self, length: int, split: Split):
+        super().__init__()
+        self.length, self._split = length, (split,)
+
+    @property
+    def split(self) -> Split:
+        """How rows read each other."""
+        return self._split[0]
+
+    def key_value(self) -> None:
+        """Its keys and values are among the instance's."""
+
+    def bake(self) -> None:
+        """Freeze what weighs the rows."""
+        self.split.requires_grad_(False)
 
 
 def vpt_uniform(length: int, width: int, patch_values: int) -> Tensor:

@@ -37,7 +37,7 @@ class CLIPClassifier(nn.Module):
             with vision prompts put them into its vision tower until `detach`.
         tokenizer: The CLIP's: an object with transformers' call, ``bos_token_id`` and ``eos_token_id``.
         classnames: C names; a class's text is its name and a full stop.
-        recipe: ``CoOp``, ``CoCoOp``, ``MaPLe``, ``IVLP`` or ``ZeroShot``.
+        recipe: ``CoOp``, ``CoCoOp``, ``MaPLe``, ``IVLP``, ``DPL`` or ``ZeroShot``.
         share: What the texts share: ``"all"`` (one prefix), ``"image"`` (one an image), ``"none"``; None is the most
             that is exact.
         class_chunk: Classes encoded at a time while training, each chunk recomputed in the backward pass; None is as
@@ -90,6 +90,7 @@ class CLIPClassifier(nn.Module):
                 "change with every step; expected False"
             )
         texts.lay_out(recipe, learner.length, share)
+        texts.tower.splits = list(learner.text_split)
         self.recipe = recipe
         self._images = ImageCache() if cache_images else None
         self._handle: Handle | None = None
@@ -147,10 +148,9 @@ class CLIPClassifier(nn.Module):
         """
         if self.learner.context is None:
             return self.texts.template_features(self.recipe.templates).clone()
-        deep = list(self.learner.deep_text)
         if self.learner.meta is not None:
-            return self.texts.encode_all(self._context(image_features), deep)
-        compute = lambda: self.texts.encode_all(self._context(None), deep)[0]  # noqa: E731
+            return self.texts.encode_all(self._context(image_features), self.learner.deep())
+        compute = lambda: self.texts.encode_all(self._context(None), self.learner.deep())[0]  # noqa: E731
         # A copy, which the caller may write to.
         return self.texts.keep("learned", self.learner.parameters(), compute).clone()
 
@@ -211,7 +211,7 @@ class CLIPClassifier(nn.Module):
         tracked: bool,
     ) -> Scored:
         """`forward` over chunks of classes, each computed again in the backward pass."""
-        deep = list(self.learner.deep_text)
+        deep = self.learner.deep()
 
         def score(packing: Packing, first: int, image: Tensor, context: Tensor) -> tuple[Tensor | None, ...]:
             features = self.texts.encode(packing, context, deep)

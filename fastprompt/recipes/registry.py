@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastprompt.errors import CheckpointError
-from fastprompt.recipes import apt, cocoop, compression, coop, ivlp, maple, prefix_kv, vpt, zero_shot
+from fastprompt.recipes import apt, cocoop, compression, coop, dpl, ivlp, maple, prefix_kv, vpt, zero_shot
 from fastprompt.recipes.card import Card
 
 if TYPE_CHECKING:
@@ -26,12 +26,13 @@ CARDS: dict[type, Card] = {
     cocoop.CoCoOp: cocoop.CARD,
     maple.MaPLe: maple.CARD,
     ivlp.IVLP: ivlp.CARD,
+    dpl.DPL: dpl.CARD,
     zero_shot.ZeroShot: zero_shot.CARD,
     **compression.CARDS,
 }
 
-#: Every recipe of a handle, by the name that saved files carry.
-RECIPES: dict[str, Any] = {recipe.__name__: recipe for recipe, card in CARDS.items() if card.use == "attach"}
+#: Every recipe of a handle, by the name that saved files carry; those of DPL's vision prompts alone are among them.
+RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.use == "attach" or r is dpl.DPL}
 
 #: Every recipe of a `CLIPClassifier`.
 CLIP_RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.use == "classifier"}
@@ -66,7 +67,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
 
     content, tensors = read(Path(directory))
     recipe = RECIPES.get(content["method"])
-    if content["method"] in CLIP_RECIPES:
+    if content["tower"] == "clip":
         raise CheckpointError(
             f"method: got {content['method']!r}, expected prompts of a handle; load a classifier with "
             "fastprompt.CLIPClassifier.load(clip, tokenizer, directory)"
