@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual prompt tuning as published: prompts inserted as tokens, every row computed (the baseline)."""
+"""Baselines: visual prompt tuning as published (prompts inserted as tokens), approximated prompt tuning as released."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from fastprompt.hf.sites import choose_tower
+
+if TYPE_CHECKING:
+    from fastprompt.hf.attach import Handle
 
 
 class InsertedPrompts:
@@ -87,3 +92,48 @@ class InsertedPrompts:
 
     def __exit__(self, *exc) -> None:
         self.detach()
+
+
+class ReadPrompts:
+    """Approximated prompt tuning in the operations of its released code, by hooks on the attention of a handle's sites.
+
+    Takes the place of the handle, which it detaches, with copies of its prompts. The same maths as `attach` with `APT`.
+
+    Args:
+        handle: ``attach(model, APT(...))`` with the options as released.
+
+    https://arxiv.org/abs/2306.15706
+    """
+
+    def __init__(self, handle: Handle):
+        sites = {site.index: site for site in handle.sites}
+        named = [(name.split("."), p.detach().clone()) for name, p in handle.named_parameters()]
+        handle.detach()
+        self.layers: dict[int, nn.ParameterDict] = {}
+        for (kind, index, *name), value in ((name, value) for name, value in named if name[0] == "layers"):
+            self.layers.setdefault(int(index), nn.ParameterDict())[".".join(name)] = nn.Parameter(value)
+        for parameter in handle.model.parameters():
+            parameter.requires_grad_(False)
+        for index, learned in self.layers.items():
+            self._hook(sites[index].attention, sites[index].output, learned)
+
+    def _hook(self, attention: nn.Module, projection: nn.Module, learned: nn.ParameterDict) -> None:
+        entered: list[Tensor] = []
+
+        def enter(module, args, kwargs):
+            entered.append(args[0] if args else kwargs["hidden_states"])
+
+        def leave(module, args, base):
+            prompts = learned["prompt"]
+            keys = prompts + linear(linear(prompts, learned["down"]), learned["up"])
+            active = torch.relu(linear(entered.pop(), keys))
+            weight = active.detach().max(dim=-1, keepdim=True).values
+            return learned["log_scale"].exp() * (base + weight * (active @ prompts))
+
+        attention.register_forward_pre_hook(enter, with_kwargs=True)
+        projection.register_forward_hook(leave)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is learned, in layer order."""
+        for learned in self.layers.values():
+            yield from learned.values()
