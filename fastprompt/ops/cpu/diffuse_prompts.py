@@ -7,6 +7,7 @@ which are P wide, and base enters through the product that reads the prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 # Activations of one tile (elements): few enough for the caches.
 TILE = 1 << 20
-# Elements that are widened at once.
-WIDENED = 1 << 18
+# A dot product as the trace of a matrix product of this many rows, which is no slower than reading its factors.
+LANES = 32
 
 
 def forward(
@@ -79,7 +80,7 @@ def _write(grad_out, x, base, prompts, keys, factor, activation, weight, dx, dba
         grad = grad_out[rows]
         active = _activate(x[rows] @ keys_by_width, activation)
         # A row a prompt: what sums over tokens read fastest, and a maximum over prompts too.
-        columns = active.T.contiguous()
+        columns = active.T.clone(memory_format=torch.contiguous_format)
         peak = _peak(columns, 0, weight) * factor
         if dprompts is not None:
             _add_product(dprompts, columns.mul_(peak), grad)
@@ -94,9 +95,7 @@ def _write(grad_out, x, base, prompts, keys, factor, activation, weight, dx, dba
             if dkeys is not None:
                 _add_product(dkeys, columns.copy_(slope.T), x[rows])
         if dscale is not None:
-            step = max(1, WIDENED // grad.shape[1])
-            for g, b in zip(grad.split(step), base[rows].split(step), strict=True):
-                dscale += factor * torch.dot(g.flatten().to(wide), b.flatten().to(wide))
+            dscale += factor * _dot(grad, base[rows], dscale.dtype)
     if dscale is not None:
         # What tokens read times its gradient: summed over tokens, that is prompts times theirs.
         dscale += (dprompts * prompts).sum()
@@ -112,6 +111,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     rounded = a @ b
     total += rounded
     total += torch.addmm(rounded, a, b, beta=-1)
+
+
+def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of all products, accumulated in ``dtype``."""
+    if a.dtype == dtype:
+        return torch.dot(a.flatten(), b.flatten())
+    lanes = math.gcd(LANES, a.numel())
+    sums = torch.zeros(lanes, lanes, dtype=dtype)
+    _add_product(sums, a.reshape(lanes, -1), b.reshape(lanes, -1).T)
+    return sums.trace()
 
 
 def _tiles(x: Tensor, keys: Tensor) -> Iterator[slice]:
