@@ -77,14 +77,16 @@ class APT:
 
     def build(self, sites: list[Site]) -> dict[int, nn.Module]:
         """One prompt module for every chosen layer."""
-        chosen = choose_layers(self.layers, len(sites))
-        wide = next((sites[i] for i in chosen if self.rank > sites[i].width), None)
-        if wide is not None:
-            raise ValueError(f"rank: got {self.rank}, expected at most {wide.width}, the width of layer {wide.index}")
+        chosen = choose_layers(self.layers, sites[-1].index + 1)
         prompts: dict[int, nn.Module] = {}
-        for i in chosen:
-            site = sites[i]
-            prompts[i] = DiffusedPrompt(
+        for place, site in enumerate(sites):
+            if site.index not in chosen:
+                continue
+            if self.rank > site.width:
+                raise ValueError(
+                    f"rank: got {self.rank}, expected at most {site.width}, the width of layer {site.index}"
+                )
+            prompts[place] = DiffusedPrompt(
                 self.length, site.width, self.rank, activation=self.activation, weight=self.weight,
                 scale_trainable=self.scale_trainable, gated=self.zero_init,
             ).to(next(site.layer.parameters()).device, torch.promote_types(site.dtype, torch.float32))  # fmt: skip
