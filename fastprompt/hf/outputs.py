@@ -18,8 +18,8 @@ from fastprompt.hf.recording import first_tensor
 from fastprompt.hf.sites import Site, Tower, evaluated, layers_read, owner_of, sample_image, sample_input, sample_tokens, stacks_of
 
 #: What layers that make queries are called; those that make keys or values; and those that make all at once.
-QUERIES = ("q_proj", "query", "q", "q_lin", "to_q", "q_attn")
-OTHERS = ("k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin", "to_k", "to_v")
+QUERIES = ("q_proj", "query", "query_proj", "q", "q_lin", "to_q", "q_attn")
+OTHERS = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "k", "v", "k_lin", "v_lin", "to_k", "to_v")
 FUSED = ("qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 #: What models that read two modalities in one call take beside ``input_ids``.
@@ -34,7 +34,8 @@ def attention_towers(model: nn.Module) -> list[Tower]:
     """
     names = {module: name for name, module in model.named_modules()}
     inner = getattr(model, "base_model", model)
-    whole = inner if "decoder_input_ids" in _inputs(inner) else None
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in _inputs(inner)
+    whole = inner if both else None
     towers: dict[nn.Module, Tower] = {}
     for prefix, stack in stacks_of(model, _projections).items():
         owner, kind = (whole, "text") if whole is not None else _owner(model, prefix)

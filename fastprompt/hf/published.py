@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fastprompt.hf.attention import CHILD
 from fastprompt.hf.sites import choose_tower
 
 if TYPE_CHECKING:
@@ -106,16 +107,14 @@ class ReadPrompts:
     """
 
     def __init__(self, handle: Handle):
-        sites = {site.index: site for site in handle.sites}
-        named = [(name.split("."), p.detach().clone()) for name, p in handle.named_parameters()]
+        placed = [(site, getattr(site.attention, CHILD, None)) for site in handle.sites]
+        copies = [(site, {n: p.detach().clone() for n, p in child.named_parameters()}) for site, child in placed if child]
         handle.detach()
-        self.layers: dict[int, nn.ParameterDict] = {}
-        for (kind, index, *name), value in ((name, value) for name, value in named if name[0] == "layers"):
-            self.layers.setdefault(int(index), nn.ParameterDict())[".".join(name)] = nn.Parameter(value)
         for parameter in handle.model.parameters():
             parameter.requires_grad_(False)
-        for index, learned in self.layers.items():
-            self._hook(sites[index].attention, sites[index].output, learned)
+        self.learned = [nn.ParameterDict({n: nn.Parameter(p) for n, p in copy.items()}) for _, copy in copies]
+        for (site, _), learned in zip(copies, self.learned, strict=True):
+            self._hook(site.attention, site.output, learned)
 
     def _hook(self, attention: nn.Module, projection: nn.Module, learned: nn.ParameterDict) -> None:
         entered: list[Tensor] = []
@@ -135,5 +134,5 @@ class ReadPrompts:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is learned, in layer order."""
-        for learned in self.layers.values():
+        for learned in self.learned:
             yield from learned.values()
