@@ -44,6 +44,7 @@ from fastprompt.errors import UnsupportedModelError
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = SIZE | {"vocab_size": 50, "max_position_embeddings": 20}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 0}
+LEARNED = ("prompt", "down", "up", "log_scale")
 DECODER = {"is_decoder": True, "add_cross_attention": True}
 
 
@@ -224,9 +225,10 @@ def release(model, name, learned):
     """Put the released module behind the projection of every place."""
     modules = dict(model.named_modules())
     for place, path in FAMILIES[name].places.items():
-        prompts, down, up, log_scale = (learned[f"layers.{place}.{n}"] for n in ("prompt", "down", "up", "log_scale"))
+        prompts, down, up, log_scale = (learned[f"layers.{place}.{n}"] for n in LEARNED)
         projection = FAMILIES[name].projection
-        inner = f"{path.rpartition('.')[0]}.{projection[3:]}" if projection.startswith("../") else f"{path}.{projection}"
+        above = projection.startswith("../")
+        inner = f"{path.rpartition('.')[0]}.{projection[3:]}" if above else f"{path}.{projection}"
         entered = []
 
         def enter(module, args, kwargs, entered=entered):
@@ -248,7 +250,7 @@ def test_equals_the_released_module_and_is_found_by_stable_names(name, tmp_path)
     before = seeded(outputs, model, batch)
     with untouched(model), attach(model, name) as handle:
         copies = {n: p.detach().clone().requires_grad_() for n, p in handle.named_parameters()}
-        assert list(copies) == [f"layers.{i}.{n}" for i in FAMILIES[name].places for n in ("prompt", "down", "up", "log_scale")]
+        assert list(copies) == [f"layers.{i}.{n}" for i in FAMILIES[name].places for n in LEARNED]
         release(published, name, copies)
         want = seeded(step, published, copies.values(), batch)
         assert_close(seeded(step, model, handle.parameters(), batch), want)
@@ -321,7 +323,7 @@ def test_which_tower_is_asked_where_there_are_several():
 def test_attention_that_does_not_run_is_named():
     model = build("RoBERTa")
     model.encoder.layer[1].forward = lambda hidden, *args, **kwargs: hidden
-    with untouched(model), pytest.raises(UnsupportedModelError, match="layer 1 .*: it did not run in one forward"):
+    with untouched(model), pytest.raises(UnsupportedModelError, match=r"layer 1 .*: it did not run in one forward"):
         fastprompt.attach(model, fastprompt.APT(length=3))
 
 

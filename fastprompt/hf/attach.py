@@ -28,10 +28,12 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
     The model gets its own copy of its config first, so no other model built from the same config is affected.
 
     Args:
-        model: Any transformers model whose attention goes through the attention interface.
+        model: Any transformers model whose attention goes through the attention interface; `APT` needs no interface,
+            only attention with layers of its own for queries, keys and values and a linear layer behind it.
         config: A recipe, e.g. ``fastprompt.VPT(length=50)``.
         tower: ``"vision"`` or ``"text"``; required where the model has several towers. Each may have a handle of its
-            own; they are detached in any order.
+            own; they are detached in any order. For `APT` also ``"joint"``: layers that read two modalities in one
+            call (ViLT, LXMERT, BridgeTower, a Q-Former).
         train: Name patterns (``fnmatch``; a pattern also names everything below it) of base parameters that stay
             trainable, e.g. ``("classifier",)``. They are saved with the prompts, and put back by ``detach``.
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastprompt.errors import UnsupportedModelError
 from fastprompt.hf.recording import first_tensor
-from fastprompt.hf.sites import Site, Tower, evaluated, layers_read, owner_of, sample_image, sample_input, sample_tokens, stacks_of
+from fastprompt.hf.sites import (
+    Site,
+    Tower,
+    evaluated,
+    layers_read,
+    owner_of,
+    sample_image,
+    sample_input,
+    sample_tokens,
+    stacks_of,
+)
 
 #: What layers that make queries are called; those that make keys or values; and those that make all at once.
 QUERIES = ("q_proj", "query", "query_proj", "q", "q_lin", "to_q", "q_attn")
@@ -33,8 +44,8 @@ def attention_towers(model: nn.Module) -> list[Tower]:
     one model are one tower.
     """
     names = {module: name for name, module in model.named_modules()}
-    inner = getattr(model, "base_model", model)
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in _inputs(inner)
+    inner, config = getattr(model, "base_model", model), getattr(model, "config", None)
+    both = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in _inputs(inner)
     whole = inner if both else None
     towers: dict[nn.Module, Tower] = {}
     for prefix, stack in stacks_of(model, _projections).items():
@@ -196,9 +207,9 @@ def _linears(layer: nn.Module) -> Iterator[nn.Module]:
 def _samples(tower: Tower, places: list[_Place]) -> dict[str, Tensor]:
     """The smallest input that runs every attention module of the tower."""
     module, names = tower.module, _inputs(tower.module)
-    config = getattr(module, "config", None)
+    config: Any = module.config
     weight = next(p for p in module.parameters() if p.is_floating_point())
-    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)
+    width = getattr(config, "hidden_size", None) or config.d_model
 
     def rows(count: int, size: int) -> Tensor:
         drawn = torch.randn(1, count, size, generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from fastprompt.hf.sites import choose_tower
 
 if TYPE_CHECKING:
     from fastprompt.hf.attach import Handle
+    from fastprompt.hf.sites import Site
 
 
 class InsertedPrompts:
@@ -107,16 +108,16 @@ class ReadPrompts:
     """
 
     def __init__(self, handle: Handle):
-        placed = [(site, getattr(site.attention, CHILD, None)) for site in handle.sites]
-        copies = [(site, {n: p.detach().clone() for n, p in child.named_parameters()}) for site, child in placed if child]
+        placed = [(site, getattr(site.attention, CHILD)) for site in handle.sites if hasattr(site.attention, CHILD)]
+        copies = [(site, {n: p.detach().clone() for n, p in child.named_parameters()}) for site, child in placed]
         handle.detach()
         for parameter in handle.model.parameters():
             parameter.requires_grad_(False)
         self.learned = [nn.ParameterDict({n: nn.Parameter(p) for n, p in copy.items()}) for _, copy in copies]
         for (site, _), learned in zip(copies, self.learned, strict=True):
-            self._hook(site.attention, site.output, learned)
+            self._hook(site, learned)
 
-    def _hook(self, attention: nn.Module, projection: nn.Module, learned: nn.ParameterDict) -> None:
+    def _hook(self, site: Site, learned: nn.ParameterDict) -> None:
         entered: list[Tensor] = []
 
         def enter(module, args, kwargs):
@@ -129,8 +130,9 @@ class ReadPrompts:
             weight = active.detach().max(dim=-1, keepdim=True).values
             return learned["log_scale"].exp() * (base + weight * (active @ prompts))
 
-        attention.register_forward_pre_hook(enter, with_kwargs=True)
-        projection.register_forward_hook(leave)
+        site.attention.register_forward_pre_hook(enter, with_kwargs=True)
+        if site.output is not None:
+            site.output.register_forward_hook(leave)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is learned, in layer order."""

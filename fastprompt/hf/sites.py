@@ -180,7 +180,7 @@ def choose_tower(model: nn.Module, tower: str | None, towers: list[Tower] | None
     kinds = ", ".join(f"{t.kind} ({t.name or type(t.module).__name__})" for t in towers)
     if not found:
         raise ValueError(f"tower: got {tower!r}, but {type(model).__name__} has {kinds}")
-    named = " or ".join(dict.fromkeys(f"tower={t.kind!r}" for t in found))
+    named = " or ".join(f"tower={kind!r}" for kind in TOWERS if any(t.kind == kind for t in found))
     fix = f"pass {named}" if tower is None and " or " in named else "attach to the submodule instead"
     raise ValueError(f"tower: got {tower!r}, ambiguous for {type(model).__name__}, which has {kinds}; {fix}")
 

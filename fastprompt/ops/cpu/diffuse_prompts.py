@@ -72,7 +72,6 @@ def _write(grad_out, x, base, prompts, keys, factor, activation, weight, dx, dba
         torch.mul(grad_out, factor, out=dbase)
     if dscale is not None and dprompts is None:
         dprompts = torch.zeros_like(prompts)
-    wide = keys.dtype
     prompts, keys = (p.to(x.dtype) for p in (prompts, keys))
     prompts_by_width, keys_by_width = (p.T.contiguous() for p in (prompts, keys))
     grad_out, x, base, dx = (None if t is None else t.flatten(0, 1) for t in (grad_out, x, base, dx))
