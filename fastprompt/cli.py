@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | eval | compress-eval | bench | info | warmup | inspect | assets``."""
+"""The command line: ``fastprompt demo | tune | eval | compress-eval | count | bench | info | warmup | inspect | assets``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fastprompt
-from fastprompt import cli_compress, cli_tune
+from fastprompt import cli_compress, cli_count, cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
               "text, or pictures.",
               "fastprompt compress-eval --policy lookm snapkv --ratio 0.8 --out runs/compress")  # fmt: skip
     cli_compress.add_arguments(sub)
+
+    sub = add("count", cli_count.command, "Count what prompts train, and what they add to the model's own multiply-adds.",
+              "fastprompt count vilt --recipe vpt apt --length 200\n  fastprompt count llama --tokens 512 --recipe prefix")  # fmt: skip
+    cli_count.add_arguments(sub)
 
     sub = add("bench", _bench, "Run a benchmark case of a source checkout; what follows is for python -m bench.run.",
               "fastprompt bench prompt_attention --set prompts=10,50 mode=forward")  # fmt: skip

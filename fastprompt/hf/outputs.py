@@ -169,7 +169,7 @@ def find_outputs(tower: Tower) -> list[Site]:
 
     hooks = [p.attention.register_forward_pre_hook(enter, with_kwargs=True) for p in places]
     for layer in tower.layers:
-        hooks += [m.register_forward_hook(called, with_kwargs=True) for m in _linears(layer)]
+        hooks += [m.register_forward_hook(called, with_kwargs=True) for m in matrices(layer)]
         hooks.append(layer.register_forward_hook(leave))
     try:
         with evaluated(tower.module), torch.random.fork_rng([]):
@@ -195,8 +195,8 @@ def _places(tower: Tower) -> list[_Place]:
     return found
 
 
-def _linears(layer: nn.Module) -> Iterator[nn.Module]:
-    """The layers with a matrix, without what such a layer is made of."""
+def matrices(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a layer with a matrix, without what such a module is made of."""
     covered: set[nn.Module] = set()
     for module in layer.modules():
         if module not in covered and _multiplies(module):

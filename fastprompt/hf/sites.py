@@ -229,7 +229,7 @@ def find_sites(tower: Tower, *, projects: bool = True, tokens: Sequence[int] | N
         raise UnsupportedModelError(
             f"model: {type(tower.module).__name__} cannot hold prompts; missing:\n  " + "\n  ".join(problems)
         )
-    values = _patch_values(tower.module.config) if tower.kind == "vision" else None
+    values = patch_values(tower.module.config) if tower.kind == "vision" else None
     for site in sites:
         site.patch_values = values
     return sites
@@ -275,7 +275,7 @@ def sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str,
         raise ValueError("init: token ids need a text tower, but this one is vision; use init='normal'")
     if "grid_thw" in inspect.signature(tower.module.forward).parameters:
         # Patches of images packed in one sequence: one patch of the merger's output.
-        merge, values = getattr(config, "spatial_merge_size", 1), _patch_values(config)
+        merge, values = getattr(config, "spatial_merge_size", 1), patch_values(config)
         if values is None:
             raise UnsupportedModelError(f"model: the config of {type(tower.module).__name__} has no `patch_size`")
         patches = torch.randn(merge**2, values, generator=torch.Generator().manual_seed(0))
@@ -300,7 +300,7 @@ def sample_image(config: object, weight: Tensor) -> Tensor:
     return pixels.to(weight.device, weight.dtype)
 
 
-def _patch_values(config: object) -> int | None:
+def patch_values(config: object) -> int | None:
     """Numbers in one image patch."""
     patch = getattr(config, "patch_size", None)
     if patch is None:
