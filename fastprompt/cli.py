@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | eval | compress-eval | count | bench | info | warmup | inspect | assets``."""
+"""The command line: ``fastprompt demo | tune | eval | compress-eval | count | bench | info | warmup | ...``."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def _parser() -> argparse.ArgumentParser:
               "fastprompt compress-eval --policy lookm snapkv --ratio 0.8 --out runs/compress")  # fmt: skip
     cli_compress.add_arguments(sub)
 
-    sub = add("count", cli_count.command, "Count what prompts train, and what they add to the model's own multiply-adds.",
-              "fastprompt count vilt --recipe vpt apt --length 200\n  fastprompt count llama --tokens 512 --recipe prefix")  # fmt: skip
+    sub = add("count", cli_count.command,
+              "Count what prompts train, and what they add to the model's own multiply-adds.",
+              "fastprompt count vilt --recipe vpt apt --length 200\n"
+              "  fastprompt count llama --tokens 512 --recipe prefix")  # fmt: skip
     cli_count.add_arguments(sub)
 
     sub = add("bench", _bench, "Run a benchmark case of a source checkout; what follows is for python -m bench.run.",

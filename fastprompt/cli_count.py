@@ -18,7 +18,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the options."""
     sub.add_argument(
         "model",
-        help="vilt, vit-b16, clip-vit-b16, dinov2-s; a model type of transformers (its default config); or a config.json",
+        help="vilt, vit-b16, clip-vit-b16, dinov2-s; a model type of transformers (its defaults); or a config.json",
     )
     sub.add_argument("--recipe", nargs="+", choices=RECIPES, help="[vpt apt, or prefix apt where there is only text]")
     sub.add_argument("--length", type=int, default=200, help="prompts a layer [%(default)s]")
@@ -102,8 +102,8 @@ def table(found: dict[str, Any]) -> str:
     """What `count` found, for people."""
     tokens = " and ".join(str(n) for n in dict.fromkeys(found["tokens"]))
     lines = [
-        f"{found['class']} ({found['tower']}): {found['layers']} layers, {found['attentions']} attention modules, width "
-        f"{found['width']}, {tokens} tokens ({found['tokens_note']})",
+        f"{found['class']} ({found['tower']}): {found['layers']} layers, {found['attentions']} attention modules, "
+        f"width {found['width']}, {tokens} tokens ({found['tokens_note']})",
         f"its layers alone: {found['own_multiply_adds'] / 1e9:.2f} G multiply-adds a sample; {found['length']} prompts "
         "add:",
         "",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastprompt count``: APT's published column by counting, and counts against PyTorch's flop counter on real forwards."""
+"""``fastprompt count``: APT's published column, and counts against PyTorch's flop counter on real forwards."""
 
 import json
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fastprompt.errors import UnsupportedModelError
@@ -94,7 +94,7 @@ def layers_of(model: nn.Module, tower: Tower) -> list[Layer]:
     for index, layer in enumerate(tower.layers):
         inside = [m for m in layer.modules() if m in tower.attentions]
         attentions = tuple(_attention(index, part, layer, m, values) for part, m in enumerate(inside))
-        weights = sum(m.weight.numel() for m in matrices(layer))  # type: ignore[union-attr,operator]
+        weights = sum(cast(Tensor, m.weight).numel() for m in matrices(layer))
         stack = next(i for i, modules in enumerate(lists) if layer in list(modules))
         found.append(Layer(stack, weights, attentions))
     return found
