@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    sub = add("demo", _demo, "Tune DINOv2-S on real images: linear head, VPT as published, VPT through fastprompt.",
+    sub = add("demo", _demo, "Tune DINOv2-S on real images: linear head, VPT as published and through fastprompt, APT.",
               "fastprompt demo --out runs/demo")  # fmt: skip
     sub.add_argument("--full", action="store_true", help="three seeds and a larger evaluation set (the README's table)")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="table, log and plot go here [%(default)s]")
