@@ -84,8 +84,9 @@ def test_counts_are_those_of_real_forwards(options, monkeypatch):
     assert BATCH * (own_cost(layers, [17]) + patches + pooler) == base
 
     found = {c.form: c.multiply_adds for c in prompt_costs(layers, fastprompt.APT(LENGTH), [17], BATCH)}
-    with fastprompt.attach(model, fastprompt.APT(LENGTH)):
+    with fastprompt.attach(model, fastprompt.APT(LENGTH)) as handle:
         assert products(model) - base == BATCH * found[f"fastprompt: key map once a batch of {BATCH}"]
+        assert products(handle.bake().model) - base == BATCH * found["fastprompt, baked"]
     once = {c.form: c.multiply_adds for c in prompt_costs(layers, fastprompt.APT(LENGTH), [17])}
     ReadPrompts(fastprompt.attach(model, fastprompt.APT(LENGTH)))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
