@@ -113,11 +113,11 @@ class ReadPrompts:
         handle.detach()
         for parameter in handle.model.parameters():
             parameter.requires_grad_(False)
-        self.learned = [nn.ParameterDict({n: nn.Parameter(p) for n, p in copy.items()}) for _, copy in copies]
+        self.learned = [{n: nn.Parameter(p) for n, p in copy.items()} for _, copy in copies]
         for (site, _), learned in zip(copies, self.learned, strict=True):
             self._hook(site, learned)
 
-    def _hook(self, site: Site, learned: nn.ParameterDict) -> None:
+    def _hook(self, site: Site, learned: Mapping[str, Tensor]) -> None:
         entered: list[Tensor] = []
 
         def enter(module, args, kwargs):
