@@ -31,14 +31,14 @@ CARD = Card(
     trains=("layers.*.prompt", "layers.*.down", "layers.*.up", "layers.*.log_scale", "layers.*.gate"),
     identity={"zero_init": True},
     deviations=(
-        "ReLU, the row maximum as a weight without gradient and exp(s) are those of the released code; the paper's own "
-        "equations were not to be had",
-        "the released code is for ViLT and METER alone; other models get its ViLT form (s learned; scale_trainable=False "
-        "is METER's)",
+        "ReLU, the row maximum as a weight without gradient and exp(s) are those of the released code; the paper's "
+        "own equations were not to be had",
+        "the released code is for ViLT and METER alone; other models get its ViLT form (s learned; METER's is "
+        "scale_trainable=False)",
         "the code's dropout of activations is left out",
         "zero_init and its gate are not the method's: as released, outputs change when prompts are attached",
-        "`fastprompt count` gives -82.30 % from shapes, 243 tokens fitted; +7.01 % is no difference of two cells of the "
-        "released table",
+        "`fastprompt count` gives -82.30 % from shapes, 243 tokens fitted; +7.01 % is no difference of two cells of "
+        "the released table",
     ),
 )
 
