@@ -62,6 +62,7 @@ BENCH   = $(BIN)/python -m bench.run --device $(DEVICE) --resume --json bench/re
 
 bench: $(VENV)/.dev
 	$(call BENCH,vpt_step)
+	$(call BENCH,apt_step) --set model=DINOv2-S,ViT-B
 	$(call BENCH,prefix_step) --set $(DTYPES) checkpointing=0,1
 	$(call BENCH,coop_text) --rounds 5 --set classes=10,100,1000 dtype=float32,bfloat16
 	$(call BENCH,cocoop_step) --rounds 3 --set batch=8 tower=0,1
@@ -69,6 +70,7 @@ bench: $(VENV)/.dev
 	$(call BENCH,maple_step) --rounds 5
 	$(call BENCH,prompt_attention) --rounds $(ROUNDS) --set prompts=10,50,100,200 $(DTYPES) $(MODES)
 	$(call BENCH,prompt_attention_varlen) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
+	$(call BENCH,diffuse_prompts) --rounds $(ROUNDS) --set prompts=100,200 $(DTYPES) $(MODES)
 	$(call BENCH,decoupled_attention) --rounds $(ROUNDS) --set shape=sd15,sdxl $(DTYPES) $(MODES)
 ifeq ($(DEVICE),cpu)
 	$(call BENCH,cpu_candidates) --rounds $(ROUNDS) --set prompts=10,100 $(DTYPES)

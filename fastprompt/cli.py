@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fastprompt
-from fastprompt import cli_compress, cli_recipes, cli_tune
+from fastprompt import cli_compress, cli_count, cli_recipes, cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    sub = add("demo", _demo, "Tune DINOv2-S on real images: linear head, VPT as published, VPT through fastprompt.",
+    sub = add("demo", _demo, "Tune DINOv2-S on real images: linear head, VPT as published and through fastprompt, APT.",
               "fastprompt demo --out runs/demo")  # fmt: skip
     sub.add_argument("--full", action="store_true", help="three seeds and a larger evaluation set (the README's table)")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="table, log and plot go here [%(default)s]")
@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
               "text, or pictures.",
               "fastprompt compress-eval --policy lookm snapkv --ratio 0.8 --out runs/compress")  # fmt: skip
     cli_compress.add_arguments(sub)
+
+    sub = add("count", cli_count.command,
+              "Count what prompts train, and what they add to the model's own multiply-adds.",
+              "fastprompt count vilt --recipe vpt apt --length 200\n"
+              "  fastprompt count llama --tokens 512 --recipe prefix")  # fmt: skip
+    cli_count.add_arguments(sub)
 
     sub = add("bench", _bench, "Run a benchmark case of a source checkout; what follows is for python -m bench.run.",
               "fastprompt bench prompt_attention --set prompts=10,50 mode=forward")  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastprompt tune --recipe vpt``: images with visual prompts and a linear head."""
+"""``fastprompt tune --recipe vpt | apt``: images with prompts in a vision model and a linear head."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: What APT's paper and code have: 50 or 200 prompts, rank 4. No depth: prompts never become tokens.
+APT_OPTIONS = {name: value for name, value in OPTIONS.items() if name != "depth"} | {
+    "length": 50, "rank": 4, "zero_init": False, "lr": 1e-3,
+}  # fmt: skip
+
+
 class ImageJob(Job):
-    """VPT and a linear head on a vision model."""
+    """Prompts and a linear head on a vision model."""
 
     kind, noun = "image", "images"
-    options: ClassVar = {"vpt": OPTIONS}
+    options: ClassVar = {"vpt": OPTIONS, "apt": APT_OPTIONS}
     free = Job.free | {"eval_size"}
 
     def __init__(self, task: ImageTask, recipe: Any, autocast: Any, device: str, classes: list[str] | None):
@@ -36,7 +42,12 @@ class ImageJob(Job):
 
     @classmethod
     def add_arguments(cls, sub: argparse.ArgumentParser) -> None:
-        """Declare what only images take; ``--image-size`` and ``--depth`` are for CLIP recipes as well."""
+        """Declare what only APT takes; ``--image-size`` and ``--depth`` are for CLIP recipes as well."""
+        group = sub.add_argument_group("images or texts with --recipe apt: prompts read behind attention")
+        group.add_argument("--rank", type=int, help=f"of the map from prompts to keys [{APT_OPTIONS['rank']}]")
+        group.add_argument(
+            "--zero-init", action="store_true", default=None, help="start as the frozen model [as released: not]"
+        )
 
     @classmethod
     def start(cls, args: argparse.Namespace, autocast: Any, device: str) -> ImageJob:
@@ -44,7 +55,7 @@ class ImageJob(Job):
         from fastprompt.tuning.images import ImageTask
 
         model, data = (resolved(getattr(args, name), OPTIONS[name]) for name in ("model", "data"))
-        recipe = fastprompt.VPT(args.length, args.depth, args.layers)
+        recipe: Any = fastprompt.VPT(args.length, args.depth, args.layers) if args.recipe == "vpt" else apt(args)
         task = ImageTask(model, data, args.shots, args.eval_size, args.image_size, args.seed, args.cache_dir)
         return cls(task, recipe, autocast, device, None)
 
@@ -86,3 +97,8 @@ class ImageJob(Job):
             raise DataError(f"data: got classes {list(folder.classes)}, expected {self.classes}, those of the run")
         transform = image_transform(self.model, self.task.image_size)
         return ImageDataset(folder.samples, folder.classes, transform).load_all()
+
+
+def apt(args: argparse.Namespace) -> fastprompt.APT:
+    """The recipe of a command line with ``--recipe apt``."""
+    return fastprompt.APT(args.length, args.rank, layers=args.layers, zero_init=args.zero_init)

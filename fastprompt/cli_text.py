@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastprompt tune --recipe prefix``: texts with key-value prefixes in a causal language model."""
+"""``fastprompt tune --task text``: texts with key-value prefixes, or APT, in a causal language model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import fastprompt
+from fastprompt.cli_image import apt
 from fastprompt.cli_job import Job, resolved
 from fastprompt.errors import DataError
 
@@ -26,11 +27,16 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+APT_OPTIONS = {name: value for name, value in OPTIONS.items() if name != "reparam"} | {
+    "length": 50, "rank": 4, "zero_init": False,
+}  # fmt: skip
+
+
 class TextJob(Job):
-    """PrefixKV in a language model that scores the words of the classes."""
+    """Prompts in a language model that scores the words of the classes."""
 
     kind, noun, baseline = "text", "texts", "without prompts"
-    options: ClassVar = {"prefix": OPTIONS}
+    options: ClassVar = {"prefix": OPTIONS, "apt": APT_OPTIONS}
 
     def __init__(self, task: TextTask, recipe: Any, autocast: Any, device: str, classes: list[str] | None):
         import torch
@@ -45,7 +51,7 @@ class TextJob(Job):
     @classmethod
     def add_arguments(cls, sub: argparse.ArgumentParser) -> None:
         """Declare what only texts take."""
-        group = sub.add_argument_group("texts (--recipe prefix): PrefixKV in a causal language model")
+        group = sub.add_argument_group("texts (--task text): prompts in a causal language model")
         group.add_argument("--reparam", choices=("mlp", "none"), help="mlp: learn the prompts through a network "
                            "(prefix tuning); none: learn keys and values (P-Tuning v2) [none]")  # fmt: skip
         group.add_argument(
@@ -62,7 +68,8 @@ class TextJob(Job):
     def start(cls, args: argparse.Namespace, autocast: Any, device: str) -> TextJob:
         """The job of a command line."""
         reparam = None if args.reparam == "none" else args.reparam
-        recipe = fastprompt.PrefixKV(args.length, reparam, layers=args.layers)
+        prefix = args.recipe == "prefix"
+        recipe = fastprompt.PrefixKV(args.length, reparam, layers=args.layers) if prefix else apt(args)
         return cls(cls.name_task(args), recipe, autocast, device, None)
 
     @classmethod
@@ -91,8 +98,8 @@ class TextJob(Job):
         return cls(task, None, run["autocast"], device, run["classes"])
 
     def settings(self, args: argparse.Namespace) -> dict[str, Any]:
-        """Options of the `TuneConfig`; the rate depends on ``--reparam``."""
-        return {"lr": MLP_LR if args.reparam == "mlp" else LR} | super().settings(args)
+        """Options of the `TuneConfig`; the rate depends on what is learned."""
+        return {"lr": MLP_LR if args.reparam == "mlp" or args.recipe == "apt" else LR} | super().settings(args)
 
     def split(self) -> tuple[Examples, Examples]:
         """Training and evaluation texts as token ids."""
@@ -109,11 +116,11 @@ class TextJob(Job):
         return evaluate(self.model, examples, batch_size=batch_size, autocast=self.autocast)
 
     def attach(self, train_set: Examples) -> Any:
-        """Prefixes in every layer."""
+        """Prompts in every layer."""
         return fastprompt.attach(self.model.lm, self.recipe, tower="text")
 
     def load(self, folder: Path) -> None:
-        """Put saved prefixes in place."""
+        """Put saved prompts in place."""
         fastprompt.load(self.model.lm, folder)
 
     def evaluation(self, data: str | None) -> Examples:

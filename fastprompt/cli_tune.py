@@ -25,8 +25,8 @@ RUN = "run.json"
 
 JOBS: dict[str, type[Job]] = {job.kind: job for job in (ImageJob, TextJob, ClipJob)}
 
-#: The task of every recipe.
-RECIPES = {recipe: kind for kind, job in JOBS.items() for recipe in job.options}
+#: The task of every recipe; the first of two that share one.
+RECIPES = {recipe: kind for kind, job in reversed(JOBS.items()) for recipe in job.options}
 
 
 def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
@@ -34,10 +34,11 @@ def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     from fastprompt.tuning.config import TuneConfig
 
     image, text, clip = ImageJob.options["vpt"], TextJob.options["prefix"], ClipJob.options["coop"]
+    apt = ImageJob.options["apt"]
     default, published = TuneConfig(), "coop, ...: as published"
 
     sub.add_argument("--task", choices=tuple(JOBS), help="[that of --recipe, or image]")
-    sub.add_argument("--recipe", choices=tuple(RECIPES), help="[image: vpt; text: prefix; clip: coop]")
+    sub.add_argument("--recipe", choices=sorted(RECIPES), help="[image: vpt; text: prefix; clip: coop]")
     sub.add_argument("--out", type=Path, required=True, help="prompts, checkpoint, log and plot go here")
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     sub.add_argument("--model", help="one of these built-in names or a local folder "
@@ -48,14 +49,16 @@ def add_tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--shots", type=int, default=16, help="training examples a class [%(default)s]")
     sub.add_argument("--eval-size", type=int, help="evaluation examples, balanced over classes [all of the rest; text: "
                      "half of the smallest class, of each]")  # fmt: skip
-    sub.add_argument("--length", type=int, help=f"vpt, prefix: prompts a layer [{image['length']}; {text['length']}]")
-    sub.add_argument("--layers", type=int, nargs="+", help="vpt, prefix: layers that get prompts, from 0 [all]")
+    sub.add_argument("--length", type=int, help="vpt, prefix, apt: prompts a layer "
+                     f"[{image['length']}; {text['length']}; {apt['length']}]")  # fmt: skip
+    sub.add_argument("--layers", type=int, nargs="+", help="vpt, prefix, apt: layers that get prompts, from 0 [all]")
     sub.add_argument("--depth", type=_depth, help="vpt: deep or shallow [deep]; maple, ivlp, dpl: layers, from the "
                      "first, that get prompts [9; 12; 9]")  # fmt: skip
     sub.add_argument("--image-size", type=int, help=f"pixels a side [{image['image_size']}; clip: the model's]")
     sub.add_argument("--epochs", type=int, help=f"[{image['epochs']}; {published}]")
     sub.add_argument("--batch-size", type=int, help=f"[{image['batch_size']}; {published}]")
-    sub.add_argument("--lr", type=float, help=f"[{image['lr']}, with --reparam mlp {MLP_LR}; {published}]")
+    sub.add_argument("--lr", type=float, help=f"[{image['lr']}, apt {apt['lr']}, with --reparam mlp {MLP_LR}; "
+                     f"{published}]")  # fmt: skip
     sub.add_argument("--weight-decay", type=float, help=f"[{default.weight_decay}; {published}]")
     sub.add_argument("--optimizer", choices=("adamw", "sgd"), help=f"[{default.optimizer}; {published}]")
     sub.add_argument("--warmup", type=float, help=f"fraction of all steps [{default.warmup}; {published}]")

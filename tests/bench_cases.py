@@ -5,6 +5,7 @@ from bench.case import difference
 from bench.measure import FAILED, WRONG, attempt
 
 TINY = {
+    "apt_step": {"layers": 2, "batch": 2, "prompts": 3},
     "cocoop_step": {"batch": 3, "classes": 5, "layers": 2, "width": 128, "vocab": 1200, "pixels": 32},
     "coop_text": {"classes": 7, "context": 5, "layers": 2, "width": 128, "vocab": 1200},
     "cpu_candidates": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},

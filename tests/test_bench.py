@@ -55,6 +55,7 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("apt_step", {"fastprompt"}),
         ("cocoop_step", {"published", "trimmed", "fastprompt"}),
         ("coop_text", {f"{n}{c}" for n in ("published", "trimmed", "shared", "fastprompt") for c in ("", "/compiled")}),
         ("maple_step", {"published", "trimmed", "fastprompt"}),
@@ -64,6 +65,10 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
 )
 def test_steps_agree_with_the_reference(name, expected):
     assert agreed(build(name, "cpu", TINY[name])) == (expected, {})
+
+
+def test_apt_step_on_a_larger_model():
+    assert agreed(build("apt_step", "cpu", TINY["apt_step"] | {"layers": 1, "batch": 1, "model": "ViT-B"}))[1] == {}
 
 
 def test_coop_text_agrees_in_bfloat16_and_in_chunks(monkeypatch):

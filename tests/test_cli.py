@@ -72,6 +72,20 @@ def test_tune_eval_inspect(photos, tiny_vit, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("extra", [(), ("--zero-init", "--rank", "2", "--layers", "-1")])
+def test_apt(extra, photos, tiny_vit, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(tune_arguments(photos, tiny_vit, out, "--recipe", "apt", "--lr", "1e-2", *extra)) == 0
+    tuned = capsys.readouterr().out
+    assert "accuracy 100.0 % on 4 images" in tuned and "APT(length=3" in tuned
+    assert main(["eval", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] in tuned
+    content = json.loads((out / "prompt_config.json").read_text())
+    assert (content["config"]["zero_init"], content["config"]["rank"]) == (bool(extra), 2 if extra else 4)
+    assert main(tune_arguments(photos, tiny_vit, tmp_path / "deep", "--recipe", "apt", "--depth", "deep")) == 1
+    assert "--depth: got a value with --recipe apt, but it is for --recipe vpt" in capsys.readouterr().err
+
+
 def test_interrupted_run_resumes_to_the_same_bits(photos, tiny_vit, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(tune_arguments(photos, tiny_vit, whole)) == 0

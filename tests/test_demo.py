@@ -29,14 +29,17 @@ def test_published_and_fastprompt_agree_on_real_images(real_images):
 def test_every_method_trains_what_it_says(real_images):
     task, images = real_images
     sizes = {}
-    for method in (demo.HEAD, demo.PUBLISHED, demo.OURS):
+    for method in demo.LR:
         trained = demo.build(method, task, 3)
         demo.step(trained, images, autocast=None)()
         sizes[method] = sum(p.numel() for p in trained.parameters())
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.parameters())
         assert sum(p.requires_grad for p in trained.model.parameters()) <= len(trained.trainable)
     head, prompts = 3 * 768 + 3, len(demo.RECIPE.layers) * demo.RECIPE.length * 384
-    assert sizes == {demo.HEAD: head, demo.PUBLISHED: head + prompts, demo.OURS: head + prompts}
+    read = len(demo.APT.layers) * ((demo.APT.length + 2 * demo.APT.rank) * 384 + 1)
+    assert sizes == {
+        demo.HEAD: head, demo.PUBLISHED: head + prompts, demo.OURS: head + prompts, demo.READ: head + read
+    }  # fmt: skip
 
 
 def results(folder):
@@ -44,6 +47,7 @@ def results(folder):
         {"method": demo.HEAD, "accuracy": [0.5, 0.6], "trainable": 10, "step_s": 0.5, "step_ratio": 0.4},
         {"method": demo.PUBLISHED, "accuracy": [0.7, 0.8], "trainable": 20, "step_s": 1.25, "step_ratio": 1.0},
         {"method": demo.OURS, "accuracy": [0.7, 0.9], "trainable": 20, "step_s": 0.75, "step_ratio": 0.6},
+        {"method": demo.READ, "accuracy": [0.8, 0.8], "trainable": 30, "step_s": 0.5, "step_ratio": 0.4},
     ]
     extra = {"peak_bytes": 3 << 20, "model": "m", "data": "d", "recipe": "r"}
     file = folder / "results.jsonl"
@@ -52,8 +56,9 @@ def results(folder):
 
 
 def test_table(tmp_path):
-    last = demo.table(results(tmp_path)).splitlines()[-1]
-    assert last == "| VPT, fastprompt | 80.0 ± 14.1 % | 20 | 0.75 | 0.60x | 3 MiB |"
+    *_, ours, read = demo.table(results(tmp_path)).splitlines()
+    assert ours == "| VPT, fastprompt | 80.0 ± 14.1 % | 20 | 0.75 | 0.60x | 3 MiB |"
+    assert read == "| APT, fastprompt | 80.0 ± 0.0 % | 30 | 0.50 | 0.40x | 3 MiB |"
 
 
 def test_plot(tmp_path):

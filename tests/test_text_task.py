@@ -128,6 +128,16 @@ def test_tune_eval_inspect(files, tmp_path, capsys):
     assert "PrefixKV(length=3" in capsys.readouterr().out
 
 
+def test_apt(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(tune_arguments(files, out, "--recipe", "apt", "--lr", "0.01", "--epochs", "12")) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert run["after"]["loss"] < run["before"]["loss"] and run["recipe"].startswith("APT(length=3")
+    tuned = capsys.readouterr().out
+    assert main(["eval", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] in tuned
+
+
 def test_mlp_on_validation_texts(files, tmp_path):
     runs = []
     for part in ("validation", "test"):

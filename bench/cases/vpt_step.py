@@ -12,58 +12,90 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import Dinov2Config, Dinov2ForImageClassification
+from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
 import fastprompt
 from bench.case import Case, Provider, Step
 from fastprompt.hf import attention
 from fastprompt.hf.published import InsertedPrompts
 
+#: Model -> class, config, width, heads and pixels a side of a patch.
+MODELS = {
+    "DINOv2-S": (Dinov2ForImageClassification, Dinov2Config, 384, 6, 14),
+    "ViT-B": (ViTForImageClassification, ViTConfig, 768, 12, 16),
+}
 
-def build(device: str, batch: int = 16, prompts: int = 100, layers: int = 12, threads: int = 0) -> Case:
-    """The case; ``layers`` < 12 gives a quick version."""
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=384, num_attention_heads=6, num_hidden_layers=layers, patch_size=14, image_size=224, num_labels=3
-    )
-    base = Dinov2ForImageClassification(config).to(device).eval()
-    pixels = torch.randn(batch, 3, 224, 224, device=device)
-    labels = torch.randint(3, (batch,), device=device)
-    initial = [0.1 * torch.randn(prompts, 384, device=device) for _ in range(layers)]
 
-    def fresh() -> nn.Module:
-        model = Dinov2ForImageClassification(config).to(device).eval()
-        model.load_state_dict(base.state_dict())
-        return model
+class Frozen:
+    """A model with random weights, and training steps on images of 224 px.
 
-    def step(model: nn.Module, trained: list[nn.Parameter], autocast: bool = True) -> Step:
+    Attributes:
+        width: Numbers in a token.
+    """
+
+    def __init__(self, device: str, model: str, batch: int, layers: int):
+        torch.manual_seed(0)
+        self.device = device
+        self._kind, config, self.width, heads, patch_size = MODELS[model]
+        self._config = config(
+            hidden_size=self.width, num_attention_heads=heads, num_hidden_layers=layers, num_labels=3, image_size=224,
+            intermediate_size=4 * self.width, patch_size=patch_size,
+        )  # fmt: skip
+        self._weights = self._kind(self._config).state_dict()
+        self._pixels = torch.randn(batch, 3, 224, 224, device=device)
+        self._labels = torch.randint(3, (batch,), device=device)
+
+    def fresh(self) -> nn.Module:
+        """The model."""
+        model = self._kind(self._config)
+        model.load_state_dict(self._weights)
+        return model.to(self.device).eval()
+
+    def step(self, model: nn.Module, trained: list[nn.Parameter], autocast: bool = True) -> Step:
+        """Forward and backward: logits, then the gradients of ``trained``."""
+
         def run() -> list:
             for p in trained:
                 p.grad = None
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                out = model(pixel_values=pixels, labels=labels)
+            with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
+                out = model(pixel_values=self._pixels, labels=self._labels)
             out.loss.backward()
             return [out.logits.detach(), *(p.grad for p in trained)]
 
         return run
 
-    def published(autocast: bool = True):
-        model = fresh()
+    def floor(self) -> Step:
+        """Without prompts; gradients flow down to the embedding output."""
+        model = self.fresh().requires_grad_(False)
+        model.classifier.requires_grad_(True)
+        model.base_model.embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
+        return self.step(model, list(model.classifier.parameters()))
+
+
+def build(
+    device: str, batch: int = 16, prompts: int = 100, layers: int = 12, threads: int = 0, model: str = "DINOv2-S"
+) -> Case:
+    """The case; ``layers`` < 12 gives a quick version."""
+    if threads:
+        torch.set_num_threads(threads)
+    frozen = Frozen(device, model, batch, layers)
+    initial = [0.1 * torch.randn(prompts, frozen.width, device=device) for _ in range(layers)]
+
+    def published(autocast: bool = True) -> Step:
+        model = frozen.fresh()
         inserted = InsertedPrompts(model, {i: nn.Parameter(p.clone()) for i, p in enumerate(initial)})
         model.classifier.requires_grad_(True)
-        return step(model, [*inserted.parameters(), *model.classifier.parameters()], autocast)
+        return frozen.step(model, [*inserted.parameters(), *model.classifier.parameters()], autocast)
 
-    def attached(autocast: bool = True):
-        model = fresh()
+    def attached(autocast: bool = True) -> Step:
+        model = frozen.fresh()
         handle = fastprompt.attach(model, fastprompt.VPT(length=prompts), train=("classifier",))
         with torch.no_grad():
             for p, value in zip(handle.parameters(), initial, strict=False):
                 p.copy_(value)
-        return step(model, list(handle.parameters()), autocast)
+        return frozen.step(model, list(handle.parameters()), autocast)
 
-    def kv_concat(autocast: bool = True):
+    def kv_concat(autocast: bool = True) -> Step:
         run = attached(autocast)
 
         def concatenated() -> list:
@@ -72,20 +104,13 @@ def build(device: str, batch: int = 16, prompts: int = 100, layers: int = 12, th
 
         return concatenated
 
-    def floor():
-        model = fresh()
-        model.requires_grad_(False)
-        model.classifier.requires_grad_(True)
-        model.dinov2.embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
-        return step(model, list(model.classifier.parameters()))
-
     providers = {
         "published": Provider(published),
         "kv_concat": Provider(kv_concat, lambda: kv_concat(autocast=False)()),
         "fastprompt": Provider(attached, lambda: attached(autocast=False)()),
-        "floor": Provider(floor),
+        "floor": Provider(frozen.floor),
     }
-    params = {"model": "DINOv2-S", "batch": batch, "prompts": prompts, "layers": layers, "pixels": 224,
+    params = {"model": model, "batch": batch, "prompts": prompts, "layers": layers, "pixels": 224,
               "dtype": "bfloat16 autocast"}  # fmt: skip
     return Case("vpt_step", providers, "published", lambda: published(autocast=False)(), 1e-4, params)
 

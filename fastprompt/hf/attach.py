@@ -16,6 +16,7 @@ from fastprompt.errors import AttachError
 from fastprompt.hf.attention import CHILD, NAME, dropout_fields, register
 from fastprompt.hf.diffusion import install_diffused
 from fastprompt.hf.holds import Freeze, OwnConfigs
+from fastprompt.hf.outputs import attention_towers, find_outputs
 from fastprompt.hf.sites import Tower, choose_tower, find_sites
 from fastprompt.hf.tokens import install_rows, reach_checkpointed
 from fastprompt.nn.prefix import PrefixEncoder
@@ -27,10 +28,12 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
     The model gets its own copy of its config first, so no other model built from the same config is affected.
 
     Args:
-        model: Any transformers model whose attention goes through the attention interface.
+        model: Any transformers model whose attention goes through the attention interface; `APT` needs no interface,
+            only attention with layers of its own for queries, keys and values and a linear layer behind it.
         config: A recipe, e.g. ``fastprompt.VPT(length=50)``.
         tower: ``"vision"`` or ``"text"``; required where the model has several towers. Each may have a handle of its
-            own; they are detached in any order.
+            own; they are detached in any order. For `APT` also ``"joint"``: layers that read two modalities in one
+            call (ViLT, LXMERT, BridgeTower, a Q-Former).
         train: Name patterns (``fnmatch``; a pattern also names everything below it) of base parameters that stay
             trainable, e.g. ``("classifier",)``. They are saved with the prompts, and put back by ``detach``.
 
@@ -58,7 +61,7 @@ def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, tra
     if isinstance(config, type) or not callable(getattr(config, "build", None)):
         raise TypeError(f"config: got {config!r}, expected a recipe such as fastprompt.VPT(length=50)")
     patterns = _patterns(train)
-    target = choose_tower(model, tower)
+    target = choose_tower(model, tower, attention_towers(model) if config.outputs else None)
     if config.kind not in (None, target.kind):
         raise ValueError(
             f"config: {type(config).__name__} is for {config.kind} towers, but this tower is {target.kind}"
@@ -140,10 +143,11 @@ class Handle:
         self.train = train
         base = {n: p for n, p in self.model.named_parameters() if CHILD not in n.split(".")}
         self._configs = OwnConfigs(self.model)
-        self._configs.switch(self.tower.module, NAME)
-        sites = find_sites(
-            self.tower, projects=self.config.projects, outputs=self.config.outputs, tokens=self.config.tokens
-        )
+        if self.config.outputs:
+            sites = find_outputs(self.tower)
+        else:
+            self._configs.switch(self.tower.module, NAME)
+            sites = find_sites(self.tower, projects=self.config.projects, tokens=self.config.tokens)
         self._prompts = self.config.build(sites)
         matched = _match(train, base)
         self._freeze = Freeze(base.values())
@@ -157,9 +161,12 @@ class Handle:
             parameter.requires_grad_(True)
         for index, prompt in self._prompts.items():
             sites[index].attention.add_module(CHILD, prompt.train(sites[index].attention.training))
-        self._hooks = [*install_rows(sites), *reach_checkpointed(self.tower)]
-        self._hooks.append(self.tower.module.register_forward_pre_hook(_check_attention))
-        self._hooks += install_diffused(sites)
+        self._hooks = reach_checkpointed(self.tower)
+        if self.config.outputs:
+            self._hooks += install_diffused(sites)
+        else:
+            self._hooks += install_rows(sites)
+            self._hooks.append(self.tower.module.register_forward_pre_hook(_check_attention))
         self._hooks += [
             self.tower.module.register_forward_pre_hook(m.begin)
             for prompt in self._prompts.values()
@@ -197,7 +204,7 @@ class Handle:
         """
         found = [(i, n, p) for i in sorted(self._prompts) for n, p in self._prompts[i].named_parameters()]
         for index, name, parameter in sorted(found, key=lambda entry: "." in entry[1]):
-            yield f"layers.{index}.{name}", parameter
+            yield f"layers.{self.sites[index].name}.{name}", parameter
         for name, parameter in self._trained.items():
             yield f"base.{name}", parameter
 

@@ -170,7 +170,7 @@ def describe_base(handle: Handle) -> dict[str, Any]:
         "width": site.width,
         "kv_heads": site.heads,
         "head_dim": site.head_dim,
-        "weights": {str(s.index): sample(weight) for s, weight in _frozen(handle)},
+        "weights": {s.name: sample(weight) for s, weight in _frozen(handle)},
     }
 
 

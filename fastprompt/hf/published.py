@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual prompt tuning as published: prompts inserted as tokens, every row computed (the baseline)."""
+"""Baselines: visual prompt tuning as published (prompts inserted as tokens), approximated prompt tuning as released."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from fastprompt.hf.attention import CHILD
 from fastprompt.hf.sites import choose_tower
+
+if TYPE_CHECKING:
+    from fastprompt.hf.attach import Handle
+    from fastprompt.hf.sites import Site
 
 
 class InsertedPrompts:
@@ -87,3 +94,47 @@ class InsertedPrompts:
 
     def __exit__(self, *exc) -> None:
         self.detach()
+
+
+class ReadPrompts:
+    """Approximated prompt tuning in the operations of its released code, by hooks on the attention of a handle's sites.
+
+    Takes the place of the handle, which it detaches, with copies of its prompts. The same maths as `attach` with `APT`.
+
+    Args:
+        handle: ``attach(model, APT(...))`` with the options as released.
+
+    https://arxiv.org/abs/2306.15706
+    """
+
+    def __init__(self, handle: Handle):
+        placed = [(site, getattr(site.attention, CHILD)) for site in handle.sites if hasattr(site.attention, CHILD)]
+        copies = [(site, {n: p.detach().clone() for n, p in child.named_parameters()}) for site, child in placed]
+        handle.detach()
+        for parameter in handle.model.parameters():
+            parameter.requires_grad_(False)
+        self.learned = [{n: nn.Parameter(p) for n, p in copy.items()} for _, copy in copies]
+        for (site, _), learned in zip(copies, self.learned, strict=True):
+            self._hook(site, learned)
+
+    def _hook(self, site: Site, learned: Mapping[str, Tensor]) -> None:
+        entered: list[Tensor] = []
+
+        def enter(module, args, kwargs):
+            entered.append(args[0] if args else kwargs["hidden_states"])
+
+        def leave(module, args, base):
+            prompts = learned["prompt"]
+            keys = prompts + linear(linear(prompts, learned["down"]), learned["up"])
+            active = torch.relu(linear(entered.pop(), keys))
+            weight = active.detach().max(dim=-1, keepdim=True).values
+            return learned["log_scale"].exp() * (base + weight * (active @ prompts))
+
+        site.attention.register_forward_pre_hook(enter, with_kwargs=True)
+        if site.output is not None:
+            site.output.register_forward_hook(leave)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is learned, in layer order."""
+        for learned in self.learned:
+            yield from learned.values()

@@ -76,13 +76,12 @@ class Recorder:
         self.calls: list[tuple[nn.Module, Tensor, Tensor]] = []
         self.input: Tensor | None = None
         self.qkv: tuple[Tensor, Tensor, Tensor] | None = None
-        self.reached = 0
 
     def hooks(self, done, inside: bool) -> list:
         """Hooks on the layer, and on everything inside it where projections are asked for."""
 
         def enter(module, args, kwargs):
-            self.input = _first_tensor(args, kwargs)
+            self.input = first_tensor(args, kwargs)
 
         def leave(module, args, output):
             done()
@@ -90,7 +89,7 @@ class Recorder:
             self.input = self.qkv = None
 
         def called(module, args, kwargs, output):
-            x, y = _first_tensor(args, kwargs), _first_tensor(output if isinstance(output, tuple) else (output,), {})
+            x, y = first_tensor(args, kwargs), first_tensor(output if isinstance(output, tuple) else (output,), {})
             if x is not None and y is not None and x is not y:
                 self.calls.append((module, x, y))
 
@@ -108,7 +107,6 @@ class Recorder:
     def attended(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """The attention function was called."""
         self.qkv = (query, key, value)
-        self.reached = len(self.calls)
 
     def attended_to(self) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input, and the keys and values ``[1,Hkv,T,D]`` that its attention was called with."""
@@ -135,19 +133,6 @@ class Recorder:
         _verify_prompts(projections, rows[:2])
         _verify(projections, rows, key, value)
         return projections
-
-    def output(self) -> nn.Module:
-        """The projection of the heads' outputs to the layer's width: the first linear layer behind the attention."""
-        entered, _, _ = self.attended_to()
-        query = self.qkv[0] if self.qkv is not None else entered
-        heads = query.shape[1] * query.shape[3]
-        for module, x, y in self.calls[self.reached :]:
-            weight = getattr(module, "weight", None)  # of a packed layer, perhaps no tensor
-            if weight is None or (isinstance(weight, Tensor) and weight.dim() < 2):
-                continue
-            if (x.shape[-1], y.shape[-1]) == (heads, entered.shape[-1]):
-                return module
-        raise Missing(f"no linear layer from {heads} to {entered.shape[-1]} columns follows its attention")
 
     def _source(self, target: Tensor) -> tuple[Projection, Tensor] | None:
         """The projection whose output memory ``target [B,H,T,D]`` views, and the rows it read."""
@@ -278,6 +263,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+    """The hidden states that a module is called with: those by name, or the first tensor."""
     values = (*args, kwargs["hidden_states"]) if "hidden_states" in kwargs else (*args, *kwargs.values())
     return next((x for x in values if isinstance(x, Tensor)), None)

@@ -9,7 +9,8 @@ rotation follows; the projections found are then run on the recorded rows and mu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +22,8 @@ from fastprompt.hf.attention import CHILD, observe
 from fastprompt.hf.recording import KEY_NAMES, Missing, Projections, Recorder
 
 KINDS = {"pixel_values": "vision", "input_ids": "text"}
+TOWERS = ("vision", "text", "joint")
+JOINT = "prompts behind attention that reads both"
 
 
 @dataclass
@@ -36,7 +39,10 @@ class Tower:
 
 @dataclass(eq=False)
 class Site:
-    """One layer that can hold a prompt."""
+    """One layer's attention that can hold a prompt.
+
+    ``index`` numbers layers, on from stack to stack; ``part`` is not 0 for further attention of the same layer.
+    """
 
     index: int
     layer: nn.Module
@@ -49,6 +55,12 @@ class Site:
     packed: bool = False
     recorded: tuple[Tensor, Tensor] | None = None
     patch_values: int | None = None
+    part: int = 0
+
+    @property
+    def name(self) -> str:
+        """The stable name of its prompts: the layer's number, and which attention of the layer if not its first."""
+        return f"{self.index}.{self.part}" if self.part else str(self.index)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,9 +97,24 @@ class Site:
 def find_towers(model: nn.Module) -> list[Tower]:
     """Every stack of layers with one self-attention a layer, in module order."""
     names = {module: name for name, module in model.named_modules()}
+    towers = []
+    for prefix, stack in stacks_of(model, lambda m: hasattr(m, "is_causal") and hasattr(m, "config")).items():
+        owner, kind = owner_of(model, prefix)
+        whole = len(stack) == len(cast(nn.ModuleList, model.get_submodule(prefix)))
+        if kind and whole and all(len(found) == 1 for _, found in stack):
+            read = layers_read(model, len(stack)) if kind == "vision" else len(stack)
+            layers = [layer for layer, _ in stack[:read]]
+            towers.append(Tower(names[owner], kind, owner, layers, [found[0] for _, found in stack[:read]]))
+    return towers
+
+
+def stacks_of(
+    model: nn.Module, wanted: Callable[[nn.Module], object]
+) -> dict[str, list[tuple[nn.Module, list[nn.Module]]]]:
+    """Lists of layers that hold modules that are ``wanted``, by path: every such layer and what it holds."""
     stacks: dict[str, dict[int, list[nn.Module]]] = {}
-    for module, name in names.items():
-        if not hasattr(module, "is_causal") or not hasattr(module, "config"):
+    for name, module in model.named_modules():
+        if not wanted(module):
             continue
         parts = name.split(".")
         for i, part in enumerate(parts):
@@ -95,18 +122,13 @@ def find_towers(model: nn.Module) -> list[Tower]:
             if part.isdigit() and isinstance(model.get_submodule(prefix), nn.ModuleList):
                 stacks.setdefault(prefix, {}).setdefault(int(part), []).append(module)
                 break
-    towers = []
-    for prefix, by_layer in stacks.items():
-        stack = list(cast(nn.ModuleList, model.get_submodule(prefix)))
-        owner, kind = _owner(model, prefix)
-        if kind and len(by_layer) == len(stack) and all(len(found) == 1 for found in by_layer.values()):
-            read = _layers_read(model, len(stack)) if kind == "vision" else len(stack)
-            attentions = [by_layer[i][0] for i in range(read)]
-            towers.append(Tower(names[owner], kind, owner, stack[:read], attentions))
-    return towers
+    return {
+        prefix: [(cast(nn.ModuleList, model.get_submodule(prefix))[i], found) for i, found in by_layer.items()]
+        for prefix, by_layer in stacks.items()
+    }
 
 
-def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The nearest module above ``path`` that can be called with a model input of its own, and its modality."""
     while path:
         path = path.rpartition(".")[0]
@@ -120,7 +142,7 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model, ""
 
 
-def _layers_read(model: nn.Module, count: int) -> int:
+def layers_read(model: nn.Module, count: int) -> int:
     """How many of a vision tower's layers a multimodal model reads: LLaVA's config may take an earlier hidden state."""
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     if layers is None:
@@ -130,21 +152,26 @@ def _layers_read(model: nn.Module, count: int) -> int:
     return max(i if i >= 0 else count + 1 + i for i in chosen)
 
 
-def choose_tower(model: nn.Module, tower: str | None) -> Tower:
-    """The tower asked for; the only one if none is.
+def choose_tower(model: nn.Module, tower: str | None, towers: list[Tower] | None = None) -> Tower:
+    """The tower asked for, of ``towers`` or those of `find_towers`; the only one if none is.
 
     Raises:
         ValueError: ``tower`` is unknown, absent, or needed because the model has several.
         UnsupportedModelError: the model has no stack of layers that transformers' attention interface reaches.
     """
-    if tower not in (None, "vision", "text"):
-        raise ValueError(f"tower: got {tower!r}, expected 'vision', 'text' or None")
-    towers = find_towers(model)
+    if tower not in (None, *TOWERS):
+        raise ValueError(f"tower: got {tower!r}, expected 'vision', 'text' or None ('joint' for {JOINT})")
+    lacks = "attention that has layers of its own for queries, keys and values"
+    if towers is None:
+        towers = find_towers(model)
+        lacks = (
+            "one self-attention each that goes through transformers' attention interface (attributes `is_causal` and "
+            "`config`)"
+        )
     if not towers:
         candidates = [name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()]
         raise UnsupportedModelError(
-            f"model: {type(model).__name__} has no stack of layers with one self-attention each that goes through "
-            f"transformers' attention interface (attributes `is_causal` and `config`). Attention-like modules: "
+            f"model: {type(model).__name__} has no stack of layers with {lacks}. Attention-like modules: "
             f"{', '.join(candidates[:5]) or 'none'}"
         )
     found = [t for t in towers if tower is None or t.kind == tower]
@@ -153,19 +180,17 @@ def choose_tower(model: nn.Module, tower: str | None) -> Tower:
     kinds = ", ".join(f"{t.kind} ({t.name or type(t.module).__name__})" for t in towers)
     if not found:
         raise ValueError(f"tower: got {tower!r}, but {type(model).__name__} has {kinds}")
-    fix = "pass tower='vision' or tower='text'" if tower is None else "attach to the submodule instead"
+    named = " or ".join(f"tower={kind!r}" for kind in TOWERS if any(t.kind == kind for t in found))
+    fix = f"pass {named}" if tower is None and " or " in named else "attach to the submodule instead"
     raise ValueError(f"tower: got {tower!r}, ambiguous for {type(model).__name__}, which has {kinds}; {fix}")
 
 
-def find_sites(
-    tower: Tower, *, projects: bool = True, outputs: bool = False, tokens: Sequence[int] | None = None
-) -> list[Site]:
+def find_sites(tower: Tower, *, projects: bool = True, tokens: Sequence[int] | None = None) -> list[Site]:
     """Run the tower once on a small input and find every layer's attention.
 
     Args:
         tower: The tower.
         projects: Also find every layer's projections.
-        outputs: Also find the projection behind every layer's attention.
         tokens: Run a text tower on these, and keep the keys and values ``[Hkv,P,D]`` of every layer.
 
     Raises:
@@ -177,50 +202,58 @@ def find_sites(
 
     def finish(index: int, recorder: Recorder) -> None:
         try:
-            sites.append(_site(index, recorder, projects, outputs, keep=tokens is not None))
+            sites.append(_site(index, recorder, projects, keep=tokens is not None))
         except Missing as missing:
             problems.append(f"layer {index} ({type(recorder.attention).__name__}): {missing}")
 
-    modes = {m: m.training for m in tower.module.modules()}
+    recorders = []
     try:
-        tower.module.eval()
-        recorders = []
         for index, (layer, module) in enumerate(zip(tower.layers, tower.attentions, strict=True)):
             recorder = Recorder(layer, module)
             recorders.append(recorder)
-            hooks += recorder.hooks(lambda i=index, r=recorder: finish(i, r), projects or outputs)
+            hooks += recorder.hooks(lambda i=index, r=recorder: finish(i, r), projects)
         by_attention = {r.attention: r for r in recorders}
 
         def observer(module, query, key, value):
             if module in by_attention:
                 by_attention[module].attended(query, key, value)
 
-        with torch.no_grad(), observe(observer), torch.autocast(_device(tower.module).type, enabled=False):
-            tower.module(**_sample_input(tower, tokens))
+        with evaluated(tower.module), observe(observer):
+            tower.module(**sample_input(tower, tokens))
     finally:
         for hook in hooks:
             hook.remove()
-        for m, training in modes.items():
-            m.training = training
     if len(sites) + len(problems) < len(tower.layers):
         problems.append("its layers did not all run in one forward of the tower")
     if problems:
         raise UnsupportedModelError(
             f"model: {type(tower.module).__name__} cannot hold prompts; missing:\n  " + "\n  ".join(problems)
         )
-    values = _patch_values(tower.module.config) if tower.kind == "vision" else None
+    values = patch_values(tower.module.config) if tower.kind == "vision" else None
     for site in sites:
         site.patch_values = values
     return sites
 
 
-def _site(index: int, recorder: Recorder, projects: bool, outputs: bool, keep: bool) -> Site:
+@contextmanager
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients and autocast; modes are put back."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad(), torch.autocast(_device(module).type, enabled=False):
+            yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+def _site(index: int, recorder: Recorder, projects: bool, keep: bool) -> Site:
     """One layer as the recording shows it."""
     entered, key, value = recorder.attended_to()
     return Site(
         index, recorder.layer, recorder.attention, entered.shape[-1], key.shape[1], key.shape[3],
         projections=recorder.projections() if projects else None,
-        output=recorder.output() if outputs else None,
         packed=entered.dim() == 2,
         recorded=(key[0].clone(), value[0].clone()) if keep else None,
     )  # fmt: skip
@@ -230,34 +263,44 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """The smallest input that runs the tower: one image of the config's size, or eight tokens if none are given."""
+def sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The smallest input that runs a tower of one modality: an image, or eight tokens if none are given."""
     config, weight = tower.module.config, next(p for p in tower.module.parameters() if p.is_floating_point())
     if tower.kind == "text":
-        ids = tuple(tokens or range(1, 9))
         limit = getattr(config, "vocab_size", None)
-        if tokens and limit is not None and max(ids) >= limit:
-            raise ValueError(f"init: got token id {max(ids)}, expected ids below {limit}, the model's vocabulary")
-        return {"input_ids": torch.tensor([ids], device=weight.device)}
+        if tokens and limit is not None and max(tokens) >= limit:
+            raise ValueError(f"init: got token id {max(tokens)}, expected ids below {limit}, the model's vocabulary")
+        return {"input_ids": sample_tokens(weight.device, tokens)}
     if tokens is not None:
         raise ValueError("init: token ids need a text tower, but this one is vision; use init='normal'")
-    generator = torch.Generator().manual_seed(0)
     if "grid_thw" in inspect.signature(tower.module.forward).parameters:
         # Patches of images packed in one sequence: one patch of the merger's output.
-        merge, values = getattr(config, "spatial_merge_size", 1), _patch_values(config)
+        merge, values = getattr(config, "spatial_merge_size", 1), patch_values(config)
         if values is None:
             raise UnsupportedModelError(f"model: the config of {type(tower.module).__name__} has no `patch_size`")
-        patches = torch.randn(merge**2, values, generator=generator).to(weight.device, weight.dtype)
-        return {"hidden_states": patches, "grid_thw": torch.tensor([[1, merge, merge]], device=weight.device)}
+        patches = torch.randn(merge**2, values, generator=torch.Generator().manual_seed(0))
+        grid = torch.tensor([[1, merge, merge]], device=weight.device)
+        return {"hidden_states": patches.to(weight.device, weight.dtype), "grid_thw": grid}
+    return {"pixel_values": sample_image(config, weight)}
+
+
+def sample_tokens(device: torch.device, tokens: Sequence[int] | None = None) -> Tensor:
+    """Token ids of one text."""
+    return torch.tensor([tuple(tokens or range(1, 9))], device=device)
+
+
+def sample_image(config: object, weight: Tensor) -> Tensor:
+    """One image of the config's size, of the device and dtype of ``weight``."""
+    config = config if getattr(config, "image_size", None) else getattr(config, "vision_config", config)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if size is None:
-        raise UnsupportedModelError(f"model: the config of {type(tower.module).__name__} has no `image_size`")
+        raise UnsupportedModelError(f"model: its {type(config).__name__} has no `image_size`")
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    pixels = torch.randn(1, channels, height, width, generator=generator)
-    return {"pixel_values": pixels.to(weight.device, weight.dtype)}
+    pixels = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    return pixels.to(weight.device, weight.dtype)
 
 
-def _patch_values(config: object) -> int | None:
+def patch_values(config: object) -> int | None:
     """Numbers in one image patch."""
     patch = getattr(config, "patch_size", None)
     if patch is None:

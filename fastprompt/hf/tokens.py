@@ -78,6 +78,8 @@ def reach_checkpointed(tower: Tower) -> list:
         embeddings = cast("PreTrainedModel", tower.module).get_input_embeddings()
     except NotImplementedError:
         return []
+    if embeddings is None:  # a Q-Former reads what another module embedded
+        return []
     return [embeddings.register_forward_hook(_Checkpointed(tower.layers[0]).embedded)]
 
 

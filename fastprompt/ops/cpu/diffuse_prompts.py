@@ -7,6 +7,7 @@ which are P wide, and base enters through the product that reads the prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 # Activations of one tile (elements): few enough for the caches.
 TILE = 1 << 20
+# A dot product as the trace of a matrix product of this many rows, which is no slower than reading its factors.
+LANES = 32
 
 
 def forward(
@@ -27,10 +30,12 @@ def forward(
     factor = log_scale.exp().item()
     out = base.new_empty(base.shape)
     prompts, keys = (p.to(x.dtype) for p in (prompts, keys))
+    keys_by_width = keys.T.contiguous()
     x, base, flat = (t.flatten(0, 1) for t in (x, base, out))
     for rows in _tiles(x, keys):
-        active, peak = _activate(x[rows] @ keys.T, activation, weight)
-        torch.addmm(base[rows], active.mul_(peak * factor), prompts, beta=factor, out=flat[rows])
+        active = _activate(x[rows] @ keys_by_width, activation)
+        active *= _peak(active, 1, weight) * factor
+        torch.addmm(base[rows], active, prompts, beta=factor, out=flat[rows])
     return out
 
 
@@ -65,29 +70,56 @@ def _write(grad_out, x, base, prompts, keys, factor, activation, weight, dx, dba
     """Every gradient that is not None, from zeros."""
     if dbase is not None:
         torch.mul(grad_out, factor, out=dbase)
-    wide = keys.dtype
+    if dscale is not None and dprompts is None:
+        dprompts = torch.zeros_like(prompts)
     prompts, keys = (p.to(x.dtype) for p in (prompts, keys))
+    prompts_by_width, keys_by_width = (p.T.contiguous() for p in (prompts, keys))
     grad_out, x, base, dx = (None if t is None else t.flatten(0, 1) for t in (grad_out, x, base, dx))
     for rows in _tiles(x, keys):
         grad = grad_out[rows]
-        active, peak = _activate(x[rows] @ keys.T, activation, weight)
-        slope = grad @ prompts.T
-        if dscale is not None:
-            dscale += factor * (grad.to(wide) * base[rows].to(wide)).sum()
-            dscale += factor * (slope.to(wide) * active * peak).sum()
+        active = _activate(x[rows] @ keys_by_width, activation)
+        # A row a prompt: what sums over tokens read fastest, and a maximum over prompts too.
+        columns = active.T.clone(memory_format=torch.contiguous_format)
+        peak = _peak(columns, 0, weight) * factor
         if dprompts is not None:
-            dprompts.addmm_((active.to(wide) * (peak * factor)).T, grad.to(wide))
-        if dx is None and dkeys is None:
-            continue
-        slope *= peak * factor
-        if activation == "relu":
-            slope = torch.ops.aten.threshold_backward(slope, active, 0)
-        else:
-            slope = torch._softmax_backward_data(slope, active, -1, active.dtype)
-        if dx is not None:
-            torch.mm(slope, keys, out=dx[rows])
-        if dkeys is not None:
-            dkeys.addmm_(slope.T.to(wide), x[rows].to(wide))
+            _add_product(dprompts, columns.mul_(peak), grad)
+        if dx is not None or dkeys is not None:
+            slope = (grad @ prompts_by_width).mul_(peak.T)
+            if activation == "relu":
+                torch.ops.aten.threshold_backward(slope, active, 0, grad_input=slope)
+            else:
+                torch._softmax_backward_data(slope, active, -1, active.dtype, grad_input=slope)
+            if dx is not None:
+                torch.mm(slope, keys, out=dx[rows])
+            if dkeys is not None:
+                _add_product(dkeys, columns.copy_(slope.T), x[rows])
+        if dscale is not None:
+            dscale += factor * _dot(grad, base[rows], dscale.dtype)
+    if dscale is not None:
+        # What tokens read times its gradient: summed over tokens, that is prompts times theirs.
+        dscale += (dprompts * prompts).sum()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``total``, in its dtype: products of bfloat16 are fast, accumulate in float32 and round once,
+    so a second one gives what that rounding took.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    rounded = a @ b
+    total += rounded
+    total += torch.addmm(rounded, a, b, beta=-1)
+
+
+def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of all products, accumulated in ``dtype``."""
+    if a.dtype == dtype:
+        return torch.dot(a.flatten(), b.flatten())
+    lanes = math.gcd(LANES, a.numel())
+    sums = torch.zeros(lanes, lanes, dtype=dtype)
+    _add_product(sums, a.reshape(lanes, -1), b.reshape(lanes, -1).T)
+    return sums.trace()
 
 
 def _tiles(x: Tensor, keys: Tensor) -> Iterator[slice]:
@@ -96,8 +128,13 @@ def _tiles(x: Tensor, keys: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, len(x), step))
 
 
-def _activate(scores: Tensor, activation: str, weight: str) -> tuple[Tensor, Tensor | float]:
-    """Activations in the memory of ``scores``, and the weight of each row."""
-    active = scores.relu_() if activation == "relu" else torch.softmax(scores, dim=-1, out=scores)
-    weighted = weight == "rowmax" and active.shape[1]
-    return active, active.amax(dim=-1, keepdim=True) if weighted else 1.0
+def _activate(scores: Tensor, activation: str) -> Tensor:
+    """Activations, in the memory of ``scores``."""
+    return scores.relu_() if activation == "relu" else torch.softmax(scores, dim=-1, out=scores)
+
+
+def _peak(active: Tensor, dim: int, weight: str) -> Tensor:
+    """The weight of each token."""
+    if weight == "rowmax" and active.shape[dim]:
+        return active.amax(dim, keepdim=True)
+    return active.new_ones(1, 1)
