@@ -54,11 +54,20 @@ def adapter_state(unet: UNet2DConditionModel, kind: str = "plain", tokens: int =
         }  # fmt: skip
         for i in range(4):
             for n in (1, 2):
-                projection |= {f"layers.{i}.0.norm{n}.weight": 1 + randn(inner), f"layers.{i}.0.norm{n}.bias": randn(inner)}
-            projection |= {f"layers.{i}.0.to_q.weight": randn(inner, inner), f"layers.{i}.0.to_kv.weight": randn(2 * inner, inner)}
+                projection |= {
+                    f"layers.{i}.0.norm{n}.weight": 1 + randn(inner),
+                    f"layers.{i}.0.norm{n}.bias": randn(inner),
+                }
+            projection |= {
+                f"layers.{i}.0.to_q.weight": randn(inner, inner),
+                f"layers.{i}.0.to_kv.weight": randn(2 * inner, inner),
+            }
             projection |= {f"layers.{i}.0.to_out.weight": randn(inner, inner)}
             projection |= {f"layers.{i}.1.0.weight": 1 + randn(inner), f"layers.{i}.1.0.bias": randn(inner)}
-            projection |= {f"layers.{i}.1.1.weight": randn(4 * inner, inner), f"layers.{i}.1.3.weight": randn(inner, 4 * inner)}
+            projection |= {
+                f"layers.{i}.1.1.weight": randn(4 * inner, inner),
+                f"layers.{i}.1.3.weight": randn(inner, 4 * inner),
+            }
     return {"image_proj": projection, "ip_adapter": weights}
 
 

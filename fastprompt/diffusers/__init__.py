@@ -10,26 +10,26 @@ import importlib
 from typing import TYPE_CHECKING
 
 _WHERE = {
-    "Acceleration": "accelerate",
+    "Acceleration": "acceleration",
     "DecoupledAttnProcessor": "processors",
-    "Handle": "attach",
+    "Handle": "handle",
     "ImageProjections": "projections",
     "PromptAttnProcessor": "processors",
-    "accelerate": "accelerate",
-    "attach": "attach",
-    "load": "attach",
+    "accelerate": "acceleration",
+    "attach": "handle",
     "load_ip_adapter": "files",
+    "restore": "handle",
 }
 
 __all__ = [
     "Acceleration", "DecoupledAttnProcessor", "Handle", "ImageProjections", "PromptAttnProcessor", "accelerate",
-    "attach", "load", "load_ip_adapter",
+    "attach", "load_ip_adapter", "restore",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from fastprompt.diffusers.accelerate import Acceleration, accelerate
-    from fastprompt.diffusers.attach import Handle, attach, load
+    from fastprompt.diffusers.acceleration import Acceleration, accelerate
     from fastprompt.diffusers.files import load_ip_adapter
+    from fastprompt.diffusers.handle import Handle, attach, restore
     from fastprompt.diffusers.processors import DecoupledAttnProcessor, PromptAttnProcessor
     from fastprompt.diffusers.projections import ImageProjections
 

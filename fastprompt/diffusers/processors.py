@@ -101,11 +101,10 @@ class DecoupledAttnProcessor(IPAdapterAttnProcessor2_0):
         masks = mask_list(ip_adapter_masks, images)
         self._check(images, masks, query)
         key, value = _text(self.constants, attn, text, sources[0])
-        keys, values, weights = [key], [value], [1.0]
+        branches: list[tuple[Tensor, Tensor, Any]] = [(key, value, 1.0)]
         for i, tokens in enumerate(images):
-            found = self._image(i, attn, tokens, sources[1 + i], masks[i], query)
-            for part, branches in zip((keys, values, weights), found, strict=True):
-                part += branches
+            branches += self._image(i, attn, tokens, sources[1 + i], masks[i], query)
+        keys, values, weights = zip(*branches, strict=True)
         mask = _mask(attn, attention_mask, text)
         if len(keys) == 1:
             out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -141,11 +140,11 @@ class DecoupledAttnProcessor(IPAdapterAttnProcessor2_0):
 
     def _image(
         self, i: int, attn: Attention, tokens: Tensor, source: Tensor, mask: tuple[Tensor | None, Any], query: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], list]:
-        """Keys, values and weights of an adapter: one branch, or one an image where it has masks."""
+    ) -> list[tuple[Tensor, Tensor, Any]]:
+        """Keys, values and weight of an adapter: one branch, or one an image where it has masks."""
         scale = self.scale[i]
         if all(map(_is_zero, scale if isinstance(scale, list) else [scale])):
-            return [], [], []
+            return []
         layers = [self.to_k_ip[i], self.to_v_ip[i]]
 
         def project() -> list[Tensor]:
@@ -157,7 +156,7 @@ class DecoupledAttnProcessor(IPAdapterAttnProcessor2_0):
         key, value = self.constants.get("image", source, layers, (tokens.shape, attn.heads, query.dtype), project)
         grid, given = mask
         if grid is None:
-            return [key], [value], [scale]
+            return [(key, value, scale)]
         count, rows = grid.shape[1], query.shape[2]
         name, options = ("mask", i, rows), (len(query), query.dtype, query.device)
         areas = self.constants.get(
@@ -165,7 +164,7 @@ class DecoupledAttnProcessor(IPAdapterAttnProcessor2_0):
         )
         scales = scale if isinstance(scale, list) else [scale] * count
         weights = [0.0 if _is_zero(s) else s * area for s, area in zip(scales, areas, strict=True)]
-        return [*key.chunk(count, 2)], [*value.chunk(count, 2)], weights
+        return list(zip(key.chunk(count, 2), value.chunk(count, 2), weights, strict=True))
 
 
 class PromptAttnProcessor(nn.Module):
@@ -217,7 +216,10 @@ class PromptAttnProcessor(nn.Module):
             key, value = (_heads(attn, to(x)) for to in (attn.to_k, attn.to_v))
         else:
             key, value = _text(self.constants, attn, text, text)
-        query, key = (x if norm is None else norm(x) for x, norm in ((query, attn.norm_q), (key, attn.norm_k)))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
         mask = _mask(attn, attention_mask, text)
         if self.prompt is None:
             out = scaled_dot_product_attention(query, key, value, attn_mask=mask)

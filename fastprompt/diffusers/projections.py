@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers.models.embeddings import (
+    ImageProjection,
     IPAdapterFaceIDImageProjection,
     IPAdapterFullImageProjection,
     IPAdapterPlusImageProjection,
-    ImageProjection,
     MultiIPAdapterImageProjection,
 )
 from torch import Tensor, nn

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
-from torch import nn
 
 from fastprompt.diffusers.constants import Constants
 from fastprompt.diffusers.projections import ImageProjections
@@ -23,7 +23,7 @@ class Swap:
         projections: The new image projections, or None for those there are.
     """
 
-    def __init__(self, unet: nn.Module, processors: Mapping[Attention, nn.Module], projections: ImageProjections | None):
+    def __init__(self, unet: Any, processors: Mapping[Attention, Any], projections: ImageProjections | None):
         self._unet, self.processors = unet, dict(processors)
         self._old = {attn: attn.processor for attn in processors}
         self._projections, self._projection = projections, getattr(unet, PROJECTION, None)
@@ -51,10 +51,10 @@ class Swap:
         """What all of them keep."""
         for module in (*self.processors.values(), self._projections):
             if module is not None:
-                yield module.constants  # type: ignore[misc]
+                yield module.constants
 
 
-def layers_of(unet: nn.Module) -> dict[str, Attention]:
+def layers_of(unet: Any) -> dict[str, Attention]:
     """Every attention layer by name, in the order of ``unet.attn_processors``, without those of image projections."""
     modules = dict(unet.named_modules())
     names = [name.removesuffix(".processor") for name in unet.attn_processors]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from fastprompt.recipes.card import Card
 from fastprompt.recipes.layers import is_count
 
 if TYPE_CHECKING:
+    from fastprompt.diffusers.processors import DecoupledAttnProcessor
+    from fastprompt.diffusers.projections import ImageProjections
     from fastprompt.diffusers.sites import Site
 
 
@@ -36,14 +37,15 @@ class IPAdapter:
         >>> from diffusers import UNet2DConditionModel
         >>> from fastprompt.recipes.ip_adapter import IPAdapter
         >>> unet = UNet2DConditionModel(
-        ...     sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24,
-        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4,
+        ...     sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
+        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=24,
         ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         ... )
         >>> images = {"image_embeds": [torch.randn(2, 1, 16)]}
         >>> with fastprompt.diffusers.attach(unet, IPAdapter(image_width=16)) as handle:
-        ...     handle.num_trainable, unet(torch.randn(2, 4, 8, 8), 10, torch.randn(2, 7, 24), added_cond_kwargs=images)[0].shape
-        (8496, torch.Size([2, 4, 8, 8]))
+        ...     noise = unet(torch.randn(2, 4, 8, 8), 10, torch.randn(2, 7, 24), added_cond_kwargs=images).sample
+        >>> noise.shape, handle.num_trainable
+        (torch.Size([2, 4, 8, 8]), 8496)
     """
 
     num_tokens: int = 4
@@ -57,7 +59,7 @@ class IPAdapter:
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"scale: got {self.scale!r}, expected a finite number")
 
-    def build(self, sites: Sequence[Site]) -> tuple[nn.Module, list[nn.Module]]:
+    def build(self, sites: Sequence[Site]) -> tuple[ImageProjections, list[DecoupledAttnProcessor]]:
         """The image projections of a UNet, and one processor for every cross-attention layer."""
         processors = []
         for site in sites:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -12,16 +12,12 @@ from fastprompt.errors import CheckpointError
 from fastprompt.recipes.apt import APT
 from fastprompt.recipes.cocoop import CoCoOp
 from fastprompt.recipes.coop import CoOp
+from fastprompt.recipes.ip_adapter import IPAdapter
 from fastprompt.recipes.ivlp import IVLP
 from fastprompt.recipes.maple import MaPLe
 from fastprompt.recipes.prefix_kv import PrefixKV
 from fastprompt.recipes.vpt import VPT
 from fastprompt.recipes.zero_shot import ZeroShot
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from fastprompt.hf.attach import Handle
 
 #: Every recipe by the name that saved files carry.
 RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT)}
@@ -29,12 +25,16 @@ RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT)}
 #: Every recipe of a `CLIPClassifier`.
 CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, ZeroShot)}
 
+#: Every recipe of a diffusers UNet.
+UNET_RECIPES = {recipe.__name__: recipe for recipe in (IPAdapter,)}
 
-def load(model: PreTrainedModel, directory: str | Path) -> Handle:
+
+def load(model: Any, directory: str | Path) -> Any:
     """Attach prompts that ``handle.save(directory)`` wrote; on any mismatch the model stays as it was.
 
     Args:
-        model: The base model they were trained on (same weights; another float dtype is fine).
+        model: The base model they were trained on (same weights; another float dtype is fine), a diffusers UNet for
+            an image adapter.
         directory: Holds ``prompt_config.json`` and ``prompts.safetensors``.
 
     Returns:
@@ -54,6 +54,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
         ...     fastprompt.load(model, folder).num_trainable
         256
     """
+    from fastprompt import diffusers
     from fastprompt.hf.attach import attach
     from fastprompt.hf.checkpoint import check_base, check_tensors, read
 
@@ -64,8 +65,12 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
             f"method: got {content['method']!r}, expected prompts of a handle; load a classifier with "
             "fastprompt.CLIPClassifier.load(clip, tokenizer, directory)"
         )
+    if content["method"] in UNET_RECIPES:
+        return diffusers.restore(model, UNET_RECIPES[content["method"]], content, tensors)
     if recipe is None:
-        raise CheckpointError(f"method: got {content['method']!r}, expected one of {', '.join(RECIPES)}")
+        raise CheckpointError(
+            f"method: got {content['method']!r}, expected one of {', '.join([*RECIPES, *UNET_RECIPES])}"
+        )
     try:
         config = recipe(**content["config"])
         with torch.random.fork_rng([]):  # the initial prompts are drawn, and then replaced

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -11,7 +13,6 @@ from diffusers.models.attention_processor import (
     IPAdapterXFormersAttnProcessor,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
-from torch import nn
 
 from fastprompt.diffusers.processors import DecoupledAttnProcessor, PromptAttnProcessor
 from fastprompt.diffusers.projections import ImageProjections
@@ -21,7 +22,7 @@ from fastprompt.errors import AttachError, UnsupportedModelError
 _ADAPTERS = IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor
 
 
-def accelerate(unet: nn.Module) -> Acceleration:
+def accelerate(unet: Any) -> Acceleration:
     """Replace a UNet's cross-attention processors, in place: the same images, without the repeated work.
 
     The processors that ``pipeline.load_ip_adapter`` put there become `DecoupledAttnProcessor`, with their weights and
@@ -41,9 +42,11 @@ def accelerate(unet: nn.Module) -> Acceleration:
     Example:
         >>> import torch, fastprompt.diffusers
         >>> from diffusers import UNet2DConditionModel
-        >>> unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=24, attention_head_dim=4,
-        ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        >>> unet = UNet2DConditionModel(
+        ...     sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
+        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=24,
+        ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ... )
         >>> with torch.no_grad(), fastprompt.diffusers.accelerate(unet) as fast:
         ...     fast.layers, unet(torch.randn(2, 4, 8, 8), 10, torch.randn(2, 7, 24)).sample.shape
         (4, torch.Size([2, 4, 8, 8]))
@@ -66,7 +69,7 @@ def accelerate(unet: nn.Module) -> Acceleration:
             f"unet: got cross-attention processors {', '.join(found) or 'none'}, expected those of an IP-Adapter or "
             "diffusers' plain ones"
         )
-    projection = getattr(unet, PROJECTION, None)
+    projection: Any = getattr(unet, PROJECTION, None)
     plain = type(projection) is MultiIPAdapterImageProjection
     return Acceleration(Swap(unet, new, ImageProjections(projection.image_projection_layers) if plain else None))
 
