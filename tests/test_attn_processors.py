@@ -96,7 +96,8 @@ def test_several_adapters_and_images_share_a_softmax_an_adapter(num_tokens, imag
 
 MASKED = {
     "number": ((3,), [0.7]), "list": ((3,), [[0.7, -0.2, 1.0]]), "zeros in a list": ((3,), [[0.0, 0.5, 0.0]]),
-    "all zero": ((2,), [[0.0, 0.0]]), "two adapters": ((2, 1), [[0.3, 1.1], 0.6]), "zero and list": ((2, 1), [0.0, [0.6]]),
+    "all zero": ((2,), [[0.0, 0.0]]), "two adapters": ((2, 1), [[0.3, 1.1], 0.6]),
+    "zero and list": ((2, 1), [0.0, [0.6]]),
 }  # fmt: skip
 
 

@@ -210,10 +210,9 @@ class PromptAttnProcessor(nn.Module):
         """The layer's output ``[B,N,C]`` (or ``[B,C,height,width]``) from tokens ``[B,T,Cc]``; None is itself."""
         x = _enter(attn, hidden_states, temb)
         query = _heads(attn, attn.to_q(x))
-        text = encoder_hidden_states
-        if text is None:
-            text = x
-            key, value = (_heads(attn, to(x)) for to in (attn.to_k, attn.to_v))
+        text = x if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is None:
+            key, value = _heads(attn, attn.to_k(x)), _heads(attn, attn.to_v(x))
         else:
             key, value = _text(self.constants, attn, text, text)
         if attn.norm_q is not None:
@@ -221,6 +220,7 @@ class PromptAttnProcessor(nn.Module):
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         mask = _mask(attn, attention_mask, text)
+        out: Any
         if self.prompt is None:
             out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
