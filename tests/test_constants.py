@@ -176,7 +176,7 @@ def test_nothing_is_kept_while_gradients_are_on(layers):
 
 
 def test_training_steps_between_samples(layers):
-    theirs, ours = layers
+    _, ours = layers
     text, image = fresh()
     optimizer = torch.optim.SGD(ours.processor.parameters(), lr=0.1)
     for _ in range(3):

@@ -200,10 +200,10 @@ def test_saved_adapters_come_back(kind, tokens, tmp_path):
             assert torch.equal(noise(base, given), want)
         with fastprompt.load(base.bfloat16(), tmp_path):
             pass
-    with pytest.raises(CheckpointError, match="the key projection of layer . holds"):
+    with pytest.raises(CheckpointError, match=r"the key projection of layer . holds"):
         fastprompt.load(tiny_unet(kind), tmp_path)
     other = tiny_unet("sdxl" if kind == "sd15" else "sd15")
-    with pytest.raises(CheckpointError, match="got layers .*; the prompts belong to another base model"):
+    with pytest.raises(CheckpointError, match=r"got layers .*; the prompts belong to another base model"):
         fastprompt.load(other, tmp_path)
     assert other.encoder_hid_proj is None
     with pytest.raises(CheckpointError, match="does not fit Linear"):

@@ -9,8 +9,16 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 TEXT, IMAGE = 24, 20
 SMALL = {"sample_size": 16, "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": TEXT}
@@ -98,3 +106,31 @@ def linear_calls() -> Iterator[Counter]:
 
     with patch.object(nn.Linear, "forward", counted):
         yield calls
+
+
+def tiny_pipeline() -> StableDiffusionPipeline:
+    """Stable Diffusion in small: text and vision towers, VAE, UNet and tokenizer."""
+    torch.manual_seed(3)
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=1,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
+        projection_dim=IMAGE,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=32,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=tiny_unet(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), image_encoder=CLIPVisionModelWithProjection(vision),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        safety_checker=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -17,18 +17,21 @@ _WHERE = {
     "PromptAttnProcessor": "processors",
     "accelerate": "acceleration",
     "attach": "handle",
+    "generate": "generation",
     "load_ip_adapter": "files",
+    "load_pipeline": "generation",
     "restore": "handle",
 }
 
 __all__ = [
     "Acceleration", "DecoupledAttnProcessor", "Handle", "ImageProjections", "PromptAttnProcessor", "accelerate",
-    "attach", "load_ip_adapter", "restore",
+    "attach", "generate", "load_ip_adapter", "load_pipeline", "restore",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from fastprompt.diffusers.acceleration import Acceleration, accelerate
     from fastprompt.diffusers.files import load_ip_adapter
+    from fastprompt.diffusers.generation import generate, load_pipeline
     from fastprompt.diffusers.handle import Handle, attach, restore
     from fastprompt.diffusers.processors import DecoupledAttnProcessor, PromptAttnProcessor
     from fastprompt.diffusers.projections import ImageProjections
@@ -40,10 +43,11 @@ def __getattr__(name: str):
     try:
         module = importlib.import_module(f"fastprompt.diffusers.{_WHERE[name]}")
     except ModuleNotFoundError as error:
-        if error.name not in ("diffusers", "transformers"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("diffusers", "transformers"):
             raise
         raise ImportError(
-            f"fastprompt.diffusers needs {error.name}, which is not installed: pip install 'fastprompt[diffusers]'"
+            f"fastprompt.diffusers needs {package}, which is not installed: pip install 'fastprompt[diffusers]'"
         ) from error
     value = getattr(module, name)
     globals()[name] = value
