@@ -123,6 +123,7 @@ def test_masks_of_some_adapters_of_samples_and_in_one_tensor():
     agree(run(ours, *one, ip_adapter_masks=tensor), run(theirs, *one, ip_adapter_masks=tensor))
 
 
+@pytest.mark.filterwarnings("ignore:You have passed a tensor as `encoder_hidden_states`:FutureWarning")
 def test_text_mask_and_one_tensor_of_text_and_image_tokens():
     theirs, ours = pair((4,), 0.8)
     x, text = torch.randn(2, ROWS, WIDTH).double(), torch.randn(2, 7, TEXT).double()
@@ -270,3 +271,12 @@ def test_masks_of_another_aspect_ratio_are_an_error(shape):
     given = torch.randn(2, 23, WIDTH).double(), (torch.randn(2, 7, TEXT).double(), [tokens(2, 1, 4)])
     with pytest.raises(ValueError, match=want):
         ours(*given, ip_adapter_masks=[torch.ones(1, 1, *shape).double()])
+
+
+@pytest.mark.filterwarnings("ignore:The aspect ratio of the mask:UserWarning")
+def test_grids_that_rounding_makes_are_cut_as_diffusers_cuts_them():
+    """A mask of 640 x 264 pixels at an eighth of an eighth: 10 x 5 queries, taken for 12 x 4 and padded."""
+    theirs, ours = pair((4,), 0.6)
+    given = torch.randn(2, 50, WIDTH).double(), (torch.randn(2, 7, TEXT).double(), [tokens(2, 1, 4)])
+    options = {"ip_adapter_masks": [torch.rand(1, 1, 640, 264).double()]}
+    torch.testing.assert_close(ours(*given, **options), theirs(*given, **options), rtol=1e-10, atol=1e-12)

@@ -45,7 +45,7 @@ class IPAdapter:
         >>> with fastprompt.diffusers.attach(unet, IPAdapter(image_width=16)) as handle:
         ...     noise = unet(torch.randn(2, 4, 8, 8), 10, torch.randn(2, 7, 24), added_cond_kwargs=images).sample
         >>> noise.shape, handle.num_trainable
-        (torch.Size([2, 4, 8, 8]), 8496)
+        (torch.Size([2, 4, 8, 8]), 9360)
     """
 
     num_tokens: int = 4
