@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_unets import IMAGE, adapter_state, linear_calls, tiny_pipeline
+from tiny_unets import IMAGE, UNETS, adapter_state, linear_calls, tiny_pipeline
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import fastprompt
@@ -28,10 +28,10 @@ def latents(pipeline, **options):
     return pipeline(**given | options, generator=torch.Generator().manual_seed(0)).images
 
 
-@pytest.fixture(scope="module")
-def pipeline():
+@pytest.fixture(scope="module", params=UNETS)
+def pipeline(request):
     torch.manual_seed(3)
-    made = tiny_pipeline()
+    made = tiny_pipeline(request.param)
     made.unet._load_ip_adapter_weights([adapter_state(made.unet)], low_cpu_mem_usage=False)
     return made
 
@@ -59,7 +59,7 @@ def test_a_pipeline_gives_what_it_gave_with_constant_projections_once(pipeline, 
             if expected is not None:
                 torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
             kept = [p.constants for p in pipeline.unet.attn_processors.values() if hasattr(p, "constants")]
-            assert len(kept) == 4 and not any(map(len, kept)), "freed with the tokens of the generation"
+            assert len(kept) >= 4 and not any(map(len, kept)), "freed with the tokens of the generation"
 
 
 def test_masks_scales_and_several_images_in_a_pipeline(pipeline):

@@ -8,7 +8,12 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+)
 from safetensors.torch import save_file
 from tiny_unets import IMAGE, TEXT, UNETS, adapter_state, inputs, linear_calls, tiny_unet
 from torch import nn
@@ -49,6 +54,27 @@ def test_an_accelerated_unet_gives_what_diffusers_gives(kind, adapters, images):
             for _ in range(2):
                 torch.testing.assert_close(noise(unet, given), want, rtol=1e-9, atol=1e-10)
     assert unet.attn_processors == before and torch.equal(noise(unet, given), want)
+
+
+def test_processors_of_xformers_are_replaced_and_those_of_others_are_not():
+    unet = published("sd15", "plain")
+    given = inputs(unet)
+    want = noise(unet, given)
+
+    class Own(IPAdapterAttnProcessor2_0):
+        pass
+
+    for kind, stays in ((IPAdapterXFormersAttnProcessor, False), (Own, True)):
+        for attn in (m for m in unet.modules() if isinstance(m, Attention) and isinstance(m.processor, nn.Module)):
+            other = kind(attn.processor.hidden_size, TEXT, (4,), 1.0).double()
+            other.load_state_dict(attn.processor.state_dict())
+            attn.set_processor(other)
+        if stays:
+            with pytest.raises(UnsupportedModelError, match="got cross-attention processors Own, expected"):
+                accelerate(unet)
+        else:
+            with accelerate(unet):
+                torch.testing.assert_close(noise(unet, given), want, rtol=1e-9, atol=1e-10)
 
 
 @KINDS

@@ -9,12 +9,20 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -108,15 +116,16 @@ def linear_calls() -> Iterator[Counter]:
         yield calls
 
 
-def tiny_pipeline() -> StableDiffusionPipeline:
+def tiny_pipeline(kind: str = "sd15") -> DiffusionPipeline:
     """Stable Diffusion in small: text and vision towers, VAE, UNet and tokenizer."""
-    torch.manual_seed(3)
     letters = [*"abcdefghijklmnopqrstuvwxyz"]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+    width = TEXT if kind == "sd15" else TEXT // 2  # SDXL joins what its two text towers say
     text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(words), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=1,
+        projection_dim=24,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
@@ -126,11 +135,16 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=32,
     )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=tiny_unet(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), image_encoder=CLIPVisionModelWithProjection(vision),
-        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        safety_checker=None, requires_safety_checker=False,
-    )  # fmt: skip
+    parts = {
+        "vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer, "unet": tiny_unet(kind),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "image_encoder": CLIPVisionModelWithProjection(vision),
+        "feature_extractor": CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    }  # fmt: skip
+    if kind == "sd15":
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    else:
+        second = {"text_encoder_2": CLIPTextModelWithProjection(text), "tokenizer_2": tokenizer}
+        pipeline = StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

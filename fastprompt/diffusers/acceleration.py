@@ -6,9 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.models.attention_processor import (
-    AttnProcessor,
     AttnProcessor2_0,
-    IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
 )
@@ -19,7 +17,8 @@ from fastprompt.diffusers.projections import ImageProjections
 from fastprompt.diffusers.swap import PROJECTION, Swap, is_cross, layers_of
 from fastprompt.errors import AttachError, UnsupportedModelError
 
-_ADAPTERS = IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor
+# Subclasses may do something else, and the processors of before PyTorch 2 widen half precision where a layer says so.
+_ADAPTERS = IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor
 
 
 def accelerate(unet: Any) -> Acceleration:
@@ -59,9 +58,9 @@ def accelerate(unet: Any) -> Acceleration:
         processor = attn.processor
         if isinstance(processor, (DecoupledAttnProcessor, PromptAttnProcessor)):
             raise AttachError("unet: its attention processors are already fastprompt's; detach them first")
-        if isinstance(processor, _ADAPTERS):
+        if type(processor) in _ADAPTERS:
             new[attn] = DecoupledAttnProcessor.sharing(processor)
-        elif type(processor) in (AttnProcessor, AttnProcessor2_0):
+        elif type(processor) is AttnProcessor2_0:
             new[attn] = PromptAttnProcessor()
     if not new:
         found = sorted({type(attn.processor).__name__ for attn in layers.values()})
