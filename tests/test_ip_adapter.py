@@ -14,6 +14,8 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
 )
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_unets import IMAGE, TEXT, UNETS, adapter_state, inputs, linear_calls, tiny_unet
 from torch import nn
@@ -131,6 +133,58 @@ def test_projections_run_once_for_constant_tokens(kind):
         assert count() == after
 
 
+def test_low_rank_adapters_may_change_their_scale_between_steps():
+    """Their scale is a number that no tensor shows: projections of text are computed at every step, of images once."""
+    unet = published("sd15", "plain", dtype=torch.float32)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k", "attn2.to_v"], init_lora_weights=False))
+    given = inputs(unet)
+    scaled = [given | {"cross_attention_kwargs": {"scale": s}} for s in (1.0, 0.2, 1.0)]
+    with torch.no_grad():
+        want = [noise(unet, x) for x in scaled]
+        assert not torch.allclose(want[0], want[1], rtol=1e-3)
+        with accelerate(unet), linear_calls() as calls:
+            for x, expected in zip(scaled, want, strict=True):
+                torch.testing.assert_close(noise(unet, x), expected, rtol=1e-4, atol=1e-5)
+    assert {calls[m] for n, m in unet.named_modules() if n.endswith("to_k_ip.0")} == {1}
+    assert {calls[m] for n, m in unet.named_modules() if n.endswith("attn2.to_k.base_layer")} == {3}
+
+
+def test_projections_that_hold_more_than_weights_run_at_every_step():
+    class Shortcut(nn.Linear):
+        more = 0.0
+
+        def forward(self, x):
+            return (super().forward(x) + self.more)[:, None]
+
+    plain, own = ImageProjection(IMAGE, TEXT, 4), Shortcut(IMAGE, TEXT)
+    project, embeds = ImageProjections([plain, own]), [torch.randn(2, 1, IMAGE), torch.randn(1, 3, IMAGE)]
+    with torch.no_grad():
+        first = project(embeds)
+        own.more = 1.0
+        second = project(embeds)
+    assert first[0] is second[0] and torch.equal(second[1], first[1] + 1)
+    theirs = MultiIPAdapterImageProjection([plain, own])
+    for got, want in zip(second, theirs(embeds), strict=True):
+        torch.testing.assert_close(got, want)
+    assert list(project.state_dict()) == list(theirs.state_dict())
+
+
+def test_embeddings_of_the_whole_batch_are_projected_once():
+    layer = ImageProjection(IMAGE, TEXT, 4)
+    project, embeds = ImageProjections([layer]), torch.randn(1, 2, IMAGE)
+    (want,) = project([embeds.repeat(3, 1, 1)])
+    (got,) = project([embeds.expand(3, -1, -1)])
+    torch.testing.assert_close(got, want)
+    assert got.stride(0) == 0 and want.stride(0)
+
+
+@pytest.mark.filterwarnings("ignore:You have passed a tensor as `image_embeds`:FutureWarning")
+def test_embeddings_in_one_tensor_are_of_one_image():
+    project, embeds = ImageProjections([ImageProjection(IMAGE, TEXT, 4)]), torch.randn(2, IMAGE)
+    theirs = MultiIPAdapterImageProjection(project.image_projection_layers)
+    assert torch.equal(project(embeds)[0], theirs(embeds)[0])
+
+
 def test_plain_unets_are_accelerated_bit_for_bit():
     unet = tiny_unet()
     given = inputs(unet, images=())
@@ -182,6 +236,18 @@ def test_training_moves_the_adapter_alone(kind, dtype, batch):
     assert torch.equal(noise(unet, plain), want)
     with pytest.raises(AttachError, match="already detached"):
         handle.detach()
+
+
+def test_checkpointed_layers_learn_the_same():
+    unet, grads = tiny_unet(), []
+    unet.train()
+    given = inputs(unet)
+    with attach(unet, RECIPE) as handle:
+        for switch in (unet.disable_gradient_checkpointing, unet.enable_gradient_checkpointing):
+            switch()
+            grads.append(torch.autograd.grad(noise(unet, given).square().mean(), list(handle.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @KINDS
