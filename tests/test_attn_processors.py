@@ -85,7 +85,13 @@ def test_every_kind_of_layer(kind, four):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("num_tokens", "images", "scale"),
-    [((4,), (3,), 0.5), ((4, 2), (1, 2), [0.5, 1.5]), ((4, 2), (1, 2), [0.0, -1.5]), ((4, 2), (2, 1), 0.0)],
+    [
+        ((4,), (3,), 0.5),
+        ((4,), (2,), [[0.0, 0.0]]),
+        ((4, 2), (1, 2), [0.5, 1.5]),
+        ((4, 2), (1, 2), [0.0, -1.5]),
+        ((4, 2), (2, 1), 0.0),
+    ],
 )
 def test_several_adapters_and_images_share_a_softmax_an_adapter(num_tokens, images, scale, batch):
     theirs, ours = pair(num_tokens, scale)

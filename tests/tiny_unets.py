@@ -87,6 +87,18 @@ def adapter_state(unet: UNet2DConditionModel, kind: str = "plain", tokens: int =
     return {"image_proj": projection, "ip_adapter": weights}
 
 
+def published(kind: str, *adapters: str, dtype: torch.dtype = torch.float64) -> UNet2DConditionModel:
+    """A UNet with published adapters, as diffusers loads them."""
+    unet = tiny_unet(kind, dtype)
+    states = [adapter_state(unet, which, seed=i) for i, which in enumerate(adapters)]
+    unet._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
+    return unet
+
+
+def noise(unet: UNet2DConditionModel, given: dict) -> Tensor:
+    return unet(**given).sample
+
+
 def inputs(unet: UNet2DConditionModel, batch: int = 2, images: tuple[int, ...] = (1,), plus: bool = False) -> dict:
     """What a UNet takes at a step: text tokens and, for every adapter, embeddings of its images."""
     dtype = unet.dtype

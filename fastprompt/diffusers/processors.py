@@ -130,12 +130,12 @@ class DecoupledAttnProcessor(IPAdapterAttnProcessor2_0):
                     f"ip_adapter_masks[{i}]: got {mask.shape[1]} masks for image tokens {list(tokens.shape)}, expected "
                     "one an image: [1,images,height,width]"
                 )
-            if isinstance(scale, list) and mask is None:
+            if isinstance(scale, list) and mask is None and not _is_zero(scale):
                 raise ValueError(
                     f"scale[{i}]: got a list, one scale an image, but no mask; images without masks share one softmax "
                     "and one scale; give a number, or masks of ones"
                 )
-            if isinstance(scale, list) and len(scale) != count:
+            if isinstance(scale, list) and mask is not None and len(scale) != count:
                 raise ValueError(f"scale[{i}]: got {len(scale)} scales, expected {count}, one for every image")
 
     def _image(
@@ -143,7 +143,7 @@ class DecoupledAttnProcessor(IPAdapterAttnProcessor2_0):
     ) -> list[tuple[Tensor, Tensor, Any]]:
         """Keys, values and weight of an adapter: one branch, or one an image where it has masks."""
         scale = self.scale[i]
-        if all(map(_is_zero, scale if isinstance(scale, list) else [scale])):
+        if _is_zero(scale):
             return []
         layers = [self.to_k_ip[i], self.to_v_ip[i]]
 
@@ -240,8 +240,8 @@ class PromptAttnProcessor(nn.Module):
 
 
 def _is_zero(scale: Any) -> bool:
-    """The number 0; a tensor that is 0 may learn."""
-    return isinstance(scale, (int, float)) and scale == 0
+    """The number 0, or a list of such; a tensor that is 0 may learn."""
+    return all(map(_is_zero, scale)) if isinstance(scale, list) else isinstance(scale, (int, float)) and scale == 0
 
 
 def _enter(attn: Attention, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
