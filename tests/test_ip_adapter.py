@@ -3,16 +3,20 @@
 
 import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.modeling_utils import no_init_weights
 from safetensors.torch import save_file
 from tiny_unets import IMAGE, TEXT, UNETS, adapter_state, inputs, noise, tiny_unet
 from torch import nn
 
 import fastprompt
+from bench.cases.ipadapter import SHAPES
 from fastprompt.diffusers import DecoupledAttnProcessor, ImageProjections, accelerate, attach, load_ip_adapter
 from fastprompt.errors import AttachError, CheckpointError
 from fastprompt.recipes.ip_adapter import CARD
@@ -222,8 +226,21 @@ def test_options_of_the_recipe_are_checked(tmp_path):
     assert content["method"] == "IPAdapter" and content["config"]["image_width"] == IMAGE
 
 
-def test_the_paper_s_count_of_parameters():
-    """Keys and values of SD 1.5's 16 layers, and the projection: the advertised 22 M."""
-    widths = [320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320]
-    counted = sum(2 * 768 * w for w in widths) + (1024 + 1) * 4 * 768 + 2 * 768
-    assert sum(widths) == 12480 and round(counted / 1e6) == 22
+def test_the_paper_s_count_of_parameters_and_the_layers_that_are_measured():
+    """Keys and values of SD 1.5's 16 layers and the projection: the advertised 22 M; and SDXL's 70 layers."""
+    xl = {
+        "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+    }  # fmt: skip
+    for kind, config, million in (("sd15", {}, 22), ("sdxl", xl, None)):
+        blocks, _, width, _, _ = SHAPES[kind]
+        # Not `torch.device("meta")`, which does not know the functions that the tests' poison puts in torch's place.
+        with no_init_weights(), init_empty_weights():
+            unet = UNet2DConditionModel(**config, cross_attention_dim=width)
+            handle = attach(unet, fastprompt.IPAdapter())
+        assert Counter(site.shape for site in handle.sites) == {
+            (c, width): sum(n for n, _, other in blocks if other == c) for _, _, c in blocks
+        }
+        assert million is None or round(handle.num_trainable / 1e6) == million
