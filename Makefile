@@ -72,6 +72,7 @@ bench: $(VENV)/.dev
 	$(call BENCH,prompt_attention_varlen) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
 	$(call BENCH,diffuse_prompts) --rounds $(ROUNDS) --set prompts=100,200 $(DTYPES) $(MODES)
 	$(call BENCH,decoupled_attention) --rounds $(ROUNDS) --set shape=sd15,sdxl $(DTYPES) $(MODES)
+	$(call BENCH,ipadapter) --rounds 3 --set $(DTYPES)
 ifeq ($(DEVICE),cpu)
 	$(call BENCH,cpu_candidates) --rounds $(ROUNDS) --set prompts=10,100 $(DTYPES)
 endif

@@ -25,6 +25,7 @@ _WHERE = {
     "CoOp": "recipes.coop",
     "DataError": "errors",
     "Decoding": "cache.policy",
+    "IPAdapter": "recipes.ip_adapter",
     "IVLP": "recipes.ivlp",
     "ImplUnavailableError": "errors",
     "KeyDiff": "cache.policies",
@@ -41,6 +42,7 @@ _WHERE = {
     "attach": "hf.attach",
     "check_finite": "ops.checks",
     "compress": "hf.compress",
+    "diffusers": "",
     "explain": "ops.dispatch",
     "load": "recipes.registry",
     "nn": "",
@@ -50,13 +52,14 @@ _WHERE = {
 
 __all__ = [
     "APT", "DPL", "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier",
-    "CheckpointError", "CoCoOp", "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe",
-    "PrefixKV", "PromptCache", "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__",
-    "attach", "check_finite", "compress", "explain", "load", "nn", "ops", "recipes",
+    "CheckpointError", "CoCoOp", "CoOp", "DataError", "Decoding", "IPAdapter", "ImplUnavailableError", "KeyDiff",
+    "LookM", "MaPLe", "PrefixKV", "PromptCache", "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError",
+    "ZeroShot", "__version__", "attach", "check_finite", "compress", "diffusers", "explain", "load", "nn", "ops",
+    "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from fastprompt import nn, ops, recipes
+    from fastprompt import diffusers, nn, ops, recipes
     from fastprompt.cache.adakv import AdaKV
     from fastprompt.cache.policies import H2O, TOVA, KeyDiff, LookM, Random, SnapKV, StreamingLLM
     from fastprompt.cache.policy import Decoding
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
     from fastprompt.recipes.cocoop import CoCoOp
     from fastprompt.recipes.coop import CoOp
     from fastprompt.recipes.dpl import DPL
+    from fastprompt.recipes.ip_adapter import IPAdapter
     from fastprompt.recipes.ivlp import IVLP
     from fastprompt.recipes.maple import MaPLe
     from fastprompt.recipes.prefix_kv import PrefixKV

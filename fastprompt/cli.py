@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fastprompt
-from fastprompt import cli_compress, cli_count, cli_recipes, cli_tune
+from fastprompt import cli_compress, cli_count, cli_generate, cli_recipes, cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
               "Evaluate a tuned run on its held-out examples, or on others of the same classes.",
               "fastprompt eval runs/photos --data more-photos/")  # fmt: skip
     cli_tune.add_eval_arguments(sub)
+
+    sub = add("generate", cli_generate.command,
+              "Make pictures from a text and an image prompt (IP-Adapter), with a saved diffusers pipeline.",
+              'fastprompt generate "a cat in the snow" --pipeline sd15/ --adapter ip-adapter_sd15.safetensors '
+              "--image cat.png --out runs/cat.png")  # fmt: skip
+    cli_generate.add_arguments(sub)
 
     sub = add("compress-eval", cli_compress.command,
               "What a compressed KV cache still knows of a long prompt: a hidden number, the loss of real "

@@ -12,6 +12,7 @@ TINY = {
     "decode": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
     "decoupled_attention": {"batch": 2, "heads": 2, "tokens": 19, "text": 5},
     "diffuse_prompts": {"batch": 2, "tokens": 19, "width": 32, "prompts": 5, "head_dim": 16},
+    "ipadapter": {"steps": 3, "layers": 1, "queries": 24, "text": 5},
     "key_scores": {"tokens": 70, "heads": 4, "heads_kv": 2, "dim": 16},
     "maple_step": {"classes": 5, "depth": 2, "layers": 3, "width": 128, "vocab": 1200, "pixels": 32},
     "prefill_compress": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},

@@ -58,6 +58,7 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
         ("apt_step", {"fastprompt"}),
         ("cocoop_step", {"published", "trimmed", "fastprompt"}),
         ("coop_text", {f"{n}{c}" for n in ("published", "trimmed", "shared", "fastprompt") for c in ("", "/compiled")}),
+        ("ipadapter", {"diffusers", "fastprompt/every-step", "fastprompt"}),
         ("maple_step", {"published", "trimmed", "fastprompt"}),
         ("prefix_step", {"peft", "kv_concat", "fastprompt"}),
         ("vpt_step", {"kv_concat", "fastprompt"}),
@@ -69,6 +70,13 @@ def test_steps_agree_with_the_reference(name, expected):
 
 def test_apt_step_on_a_larger_model():
     assert agreed(build("apt_step", "cpu", TINY["apt_step"] | {"layers": 1, "batch": 1, "model": "ViT-B"}))[1] == {}
+
+
+def test_ipadapter_counts_what_is_saved():
+    """Without its projections at 19 of 20 steps, for 16 layers whose widths add up to 12,480."""
+    work = {n: p.work.flops for n, p in build("ipadapter", "meta", {"dtype": "float32"}).providers.items()}
+    assert work["fastprompt/every-step"] == work["diffusers"]
+    assert work["diffusers"] - work["fastprompt"] == 2 * 19 * 2 * (2 * (77 + 4) * 768 * 12480)
 
 
 def test_coop_text_agrees_in_bfloat16_and_in_chunks(monkeypatch):

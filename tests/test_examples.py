@@ -50,3 +50,13 @@ def test_coop_on_the_shipped_clip(name, some):
     losses = [float(x) for x in re.findall(r"loss'?:? '?([\d.]+)", done.stdout)]
     before, after = (float(re.search(rf"accuracy {when} (\S+)", done.stdout)[1]) for when in ("before", "after"))
     assert losses[-1] < losses[0] and 0.05 < before < 1 and 0.05 < after < 1
+
+
+def test_train_ip_adapter(tmp_path):
+    done = run("train_ip_adapter.py", "--steps", "60", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    losses = [re.search(rf"loss with {which} picture: (\S+)", done.stdout) for which in ("its own", "another")]
+    own, other = (float(found[1]) for found in losses)
+    assert own < other / 1.5
+    names = {"prompts.safetensors", "prompt_config.json", "ip_adapter.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == names

@@ -167,7 +167,8 @@ def forbidden(folder, *packages, everywhere=True):
         ("ops/reference", ("ops.cpu", "kernels", "_C")),
         ("nn/", ("hf", "cache", "recipes", "tuning", "data", "cli")),
         ("cache/", ("nn", "hf", "recipes", "tuning", "data", "cli")),
-        ("hf/", ("recipes", "tuning", "cli")),
+        ("hf/", ("recipes", "tuning", "cli", "diffusers")),
+        ("diffusers/", ("recipes", "tuning", "data", "cli")),
         ("tuning/", ("recipes", "cli")),
         ("data/", ("ops", "nn", "hf", "recipes", "tuning", "cli")),
     ],
@@ -181,6 +182,29 @@ def test_only_hf_imports_transformers_on_import():
     found = forbidden("", "transformers", everywhere=False)
     assert found, "the check found no import at all"
     assert {name.split("/")[0] for name in found} == {"hf"}
+
+
+def test_only_our_diffusers_imports_diffusers():
+    found = forbidden("", "diffusers")
+    assert found, "the check found no import at all"
+    assert {name.split("/")[0] for name in found} == {"diffusers"}
+
+
+def test_without_diffusers_everything_else_works_and_the_error_says_what_to_install():
+    blocked = """
+import sys
+sys.modules["diffusers"] = None
+import fastprompt, fastprompt.diffusers
+from fastprompt import *
+from fastprompt.recipes.ip_adapter import CARD
+print(fastprompt.IPAdapter(image_width=8).image_width)
+for name in ("attach", "accelerate", "load_ip_adapter"):
+    try:
+        getattr(fastprompt.diffusers, name)
+    except ImportError as error:
+        print("pip install 'fastprompt[diffusers]'" in str(error))
+"""
+    assert fresh(blocked) == ["8", "True", "True", "True"]
 
 
 def test_the_layer_check_sees_every_form_of_import(tmp_path, monkeypatch):

@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastprompt.errors import CheckpointError
-from fastprompt.recipes import apt, cocoop, compression, coop, dpl, ivlp, maple, prefix_kv, vpt, zero_shot
+from fastprompt.recipes import apt, cocoop, compression, coop, dpl, ip_adapter, ivlp, maple, prefix_kv, vpt, zero_shot
 from fastprompt.recipes.card import Card
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from fastprompt.hf.attach import Handle
 
 #: Every recipe and its card.
 CARDS: dict[type, Card] = {
@@ -28,6 +23,7 @@ CARDS: dict[type, Card] = {
     ivlp.IVLP: ivlp.CARD,
     dpl.DPL: dpl.CARD,
     zero_shot.ZeroShot: zero_shot.CARD,
+    ip_adapter.IPAdapter: ip_adapter.CARD,
     **compression.CARDS,
 }
 
@@ -37,12 +33,16 @@ RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.us
 #: Every recipe of a `CLIPClassifier`.
 CLIP_RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.use == "classifier"}
 
+#: Every recipe of a diffusers UNet.
+UNET_RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.use == "diffusers"}
 
-def load(model: PreTrainedModel, directory: str | Path) -> Handle:
+
+def load(model: Any, directory: str | Path) -> Any:
     """Attach prompts that ``handle.save(directory)`` wrote; on any mismatch the model stays as it was.
 
     Args:
-        model: The base model they were trained on (same weights; another float dtype is fine).
+        model: The base model they were trained on (same weights; another float dtype is fine), a diffusers UNet for
+            an image adapter.
         directory: Holds ``prompt_config.json`` and ``prompts.safetensors``.
 
     Returns:
@@ -62,6 +62,7 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
         ...     fastprompt.load(model, folder).num_trainable
         256
     """
+    from fastprompt import diffusers
     from fastprompt.hf.attach import attach
     from fastprompt.hf.checkpoint import check_base, check_tensors, read
 
@@ -72,8 +73,12 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
             f"method: got {content['method']!r}, expected prompts of a handle; load a classifier with "
             "fastprompt.CLIPClassifier.load(clip, tokenizer, directory)"
         )
+    if content["method"] in UNET_RECIPES:
+        return diffusers.restore(model, UNET_RECIPES[content["method"]], content, tensors)
     if recipe is None:
-        raise CheckpointError(f"method: got {content['method']!r}, expected one of {', '.join(RECIPES)}")
+        raise CheckpointError(
+            f"method: got {content['method']!r}, expected one of {', '.join([*RECIPES, *UNET_RECIPES])}"
+        )
     try:
         config = recipe(**content["config"])
         with torch.random.fork_rng([]):  # the initial prompts are drawn, and then replaced
