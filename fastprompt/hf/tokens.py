@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from fastprompt.hf.attention import CHILD
 from fastprompt.hf.sites import Site, Tower
+from fastprompt.nn.prompts import CarriedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +109,7 @@ def install_rows(sites: list[Site]) -> list:
     carried = 0
     for site in sites:
         child: Any = getattr(site.attention, CHILD, None)
-        child = child if child is not None and child.enters else None
+        child = None if isinstance(child, CarriedPrompt) else child
         stripped = carried if child is not None else 0
         fresh = child if child is not None and child.inserted else None
         if child is not None:

@@ -34,7 +34,7 @@ class DiffusedPrompt(nn.Module):
     https://arxiv.org/abs/2306.15706
     """
 
-    enters, inserted = True, False
+    inserted = False
 
     def __init__(
         self,

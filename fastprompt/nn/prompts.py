@@ -43,8 +43,6 @@ class LayerPrompt(nn.Module):
         split: How rows read each other (DPL's `Split`); None: in one softmax. Whoever gives it registers it.
     """
 
-    enters = True
-
     def __init__(self, length: int, site: Site, inserted: bool = False, split: Split | None = None):
         super().__init__()
         self.length, self.site, self.inserted = length, site, inserted
@@ -220,7 +218,7 @@ class CarriedPrompt(nn.Module):
         split: How rows read each other; whoever gives it registers it.
     """
 
-    enters, inserted = False, False
+    inserted = False
 
     def __init__(self, length: int, split: Split):
         super().__init__()
