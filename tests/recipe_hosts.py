@@ -164,12 +164,58 @@ def _compress(model: nn.Module, recipe: Any) -> Iterator[Held]:
         yield Held(model, partial(_scores, model))
 
 
+def _unet(dtype: torch.dtype) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+            attention_head_dim=(2, 4), cross_attention_dim=24,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ).to(dtype).eval()  # fmt: skip
+
+
+def _noisy(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A noisy latent, text tokens, and the embedding of an image."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"sample": (4, 8, 8), "encoder_hidden_states": (7, 24), "image": (1, 16), "target": (4, 8, 8)}
+    return {name: torch.randn(batch, *shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def _noise(unet: nn.Module, x: dict[str, Tensor], image: bool = True) -> Tensor:
+    added = {"image_embeds": [x["image"]]} if image else {}
+    return unet(x["sample"], 300, x["encoder_hidden_states"], added_cond_kwargs=added).sample
+
+
+def _adapted(handle: Any) -> Held:
+    unet = handle.unet
+    return Held(
+        unet, partial(_noise, unet), lambda x: (_noise(unet, x) - x["target"]).float().square().mean(),
+        lambda: dict(handle.named_parameters()), handle.save,
+    )  # fmt: skip
+
+
+@contextmanager
+def _attach_to_unet(unet: nn.Module, recipe: Any) -> Iterator[Held]:
+    with fastprompt.diffusers.attach(unet, recipe) as handle:
+        yield _adapted(handle)
+
+
+@contextmanager
+def _load_to_unet(unet: nn.Module, folder: Any) -> Iterator[Held]:
+    with fastprompt.load(unet, folder) as handle:
+        yield _adapted(handle)
+
+
 HOSTS = {
     "attach": Host(vit, images, lambda model, x: model(**x).logits, _attach, _load),
     "classifier": Host(
         clip, partial(images, size=16), _zero_shot, _classify, _load_classifier, exact=False,
     ),
     "compress": Host(llava, pictures, _scores, _compress),
+    "diffusers": Host(_unet, _noisy, partial(_noise, image=False), _attach_to_unet, _load_to_unet),
 }  # fmt: skip
 
 #: Options that a recipe needs, or that keep it small.
@@ -180,5 +226,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "CoOp": {"n_ctx": 4},
     "MaPLe": {"depth": 2},
     "IVLP": {"depth": 2},
+    "DPL": {"depth": 2},
+    "IPAdapter": {"image_width": 16},
     "AdaKV": {"policy": SnapKV(keep=0.5)},
 }

@@ -2,6 +2,7 @@
 """The contract of every recipe: its card says what is so, on a tiny model of the kind it is for."""
 
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,8 +13,22 @@ from fastprompt.recipes.card import Card
 from fastprompt.recipes.registry import CARDS
 
 NAMES = {recipe.__name__: recipe for recipe in CARDS}
-EVERY = pytest.mark.parametrize("name", NAMES)
-TRAINED = pytest.mark.parametrize("name", [n for n, r in NAMES.items() if CARDS[r].trains])
+
+
+def each(names):
+    """A test for every recipe; one whose packages are not there is skipped, and says which."""
+
+    def param(name):
+        missing = [package for package in CARDS[NAMES[name]].needs if not find_spec(package)]
+        return pytest.param(
+            name, marks=pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)}: not installed")
+        )
+
+    return pytest.mark.parametrize("name", [param(name) for name in names])
+
+
+EVERY = each(NAMES)
+TRAINED = each([n for n, r in NAMES.items() if CARDS[r].trains])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -99,7 +114,7 @@ def test_three_steps_move_what_the_card_says_and_nothing_of_the_base(name, dtype
     assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", [n for n, r in NAMES.items() if not CARDS[r].trains])
+@each([n for n, r in NAMES.items() if not CARDS[r].trains])
 def test_what_is_free_of_training_has_nothing_to_train(name):
     _, _, host = made(name)
     with hold(name, host.build(torch.float32)) as held:

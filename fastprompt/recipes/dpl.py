@@ -30,9 +30,9 @@ CARD = Card(
     family="approximated/decoupled attention",
     use="classifier",
     status="reconstruction",
-    trains=("learner.*",),
+    trains=("context", "deep_text.*", "vision.*", "text_split.*", "vision_split.*", "generator.*"),
     row=33,
-    headline="best on three benchmarks of 15 data sets (no number in the abstract)",
+    headline="best on three benchmarks of 15 data sets, without a number in the abstract",
     identity={"n_ctx": 0, "lam": "constant", "lam_value": 0.0},
     deviations=(
         "Of the abstract: attention over prompts and instance as four sub-processes, some of them approximated; text "

@@ -84,7 +84,8 @@ CARD = Card(
     trains=("projection.*", "layers.*.to_k_ip.*", "layers.*.to_v_ip.*"),
     identity={"scale": 0.0},
     deviations=(
-        "the base variant trains; Plus (a resampler of patch features) and FaceID load from files and run",
-        "dropping the image, the text or both (0.05 each in the paper) is left to the training loop",
+        "The base variant trains; Plus (a resampler of patch features) loads from files and runs, FaceID does not.",
+        "Dropping the image, the text or both (0.05 each in the paper) is left to the training loop.",
     ),
+    needs=("diffusers",),
 )
