@@ -36,7 +36,7 @@ HEAD, PUBLISHED, OURS, READ = "linear head", "VPT as published", "VPT, fastpromp
 RECIPE = fastprompt.VPT(length=10, layers=(8, 9, 10, 11))
 APT = fastprompt.APT(length=10, layers=(8, 9, 10, 11))
 EPOCHS, BATCH = 40, 16
-LR = {HEAD: 1e-2, PUBLISHED: 1e-2, OURS: 1e-2, READ: 1e-2}
+LR = {HEAD: 1e-2, PUBLISHED: 1e-2, OURS: 1e-2, READ: 1e-3}
 
 
 @dataclass
