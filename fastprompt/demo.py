@@ -198,7 +198,8 @@ def plot(results: Path, png: Path) -> None:
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    names, colors = [r["method"] for r in rows], ["#9aa5b1", "#d98a5b", "#2f7f8f", "#7a5ba6"]
+    names = [r["method"].replace(", ", ",\n").replace(" as ", "\nas ") for r in rows]
+    colors = ["#9aa5b1", "#d98a5b", "#2f7f8f", "#7a5ba6"]
     panels: tuple[tuple[str, Callable[[dict], float], str], ...] = (
         ("accuracy (%)", lambda r: 100 * statistics.mean(r["accuracy"]), "{:.1f}"),
         ("seconds a training step", lambda r: r["step_s"], "{:.2f}"),
