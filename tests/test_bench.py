@@ -54,7 +54,7 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def test_diffuse_prompts_agrees_with_the_released_module(mode):
     compared, _ = agreed(build("diffuse_prompts", "cpu", TINY["diffuse_prompts"] | {"mode": mode}))
-    assert compared == {"eager", "compiled", "fastprompt", "fastprompt/reference"}
+    assert {"eager", "compiled", "fastprompt", "fastprompt/reference"} <= compared
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
