@@ -36,7 +36,7 @@ HEAD, PUBLISHED, OURS, READ = "linear head", "VPT as published", "VPT, fastpromp
 RECIPE = fastprompt.VPT(length=10, layers=(8, 9, 10, 11))
 APT = fastprompt.APT(length=10, layers=(8, 9, 10, 11))
 EPOCHS, BATCH = 40, 16
-LR = {HEAD: 1e-2, PUBLISHED: 1e-2, OURS: 1e-2, READ: 1e-2}
+LR = {HEAD: 1e-2, PUBLISHED: 1e-2, OURS: 1e-2, READ: 1e-3}
 
 
 @dataclass
@@ -198,7 +198,8 @@ def plot(results: Path, png: Path) -> None:
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    names, colors = [r["method"] for r in rows], ["#9aa5b1", "#d98a5b", "#2f7f8f", "#7a5ba6"]
+    names = [r["method"].replace(", ", ",\n").replace(" as ", "\nas ") for r in rows]
+    colors = ["#9aa5b1", "#d98a5b", "#2f7f8f", "#7a5ba6"]
     panels: tuple[tuple[str, Callable[[dict], float], str], ...] = (
         ("accuracy (%)", lambda r: 100 * statistics.mean(r["accuracy"]), "{:.1f}"),
         ("seconds a training step", lambda r: r["step_s"], "{:.2f}"),

@@ -29,12 +29,16 @@ from transformers import (
     MobileNetV2Model,
     RobertaConfig,
     RobertaModel,
+    SwinConfig,
+    SwinModel,
     T5Config,
     T5ForConditionalGeneration,
     ViltConfig,
     ViltForImagesAndTextClassification,
     ViltForQuestionAnswering,
     ViltModel,
+    WhisperConfig,
+    WhisperModel,
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -143,6 +147,17 @@ FAMILIES = {
         lambda: {"input_ids": tokens(), "pixel_values": images(), "attention_mask": torch.ones(2, 6).long()},
         stack("cross_modal_image_layers", *BOTH) | stack("cross_modal_text_layers", *BOTH, first=2),
         tower="joint",
+    ),
+    "Swin, windows": Family(
+        lambda: SwinModel(
+            SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4)
+        ),
+        lambda: {"pixel_values": images()},
+        {
+            "0": "encoder.layers.0.blocks.0.attention", "0.1": "encoder.layers.0.blocks.1.attention",
+            "1": "encoder.layers.1.blocks.0.attention",
+        },
+        "o_proj",
     ),
     "RoBERTa": Family(
         lambda: RobertaModel(RobertaConfig(**TEXT)), lambda: {"input_ids": tokens()}, stack("encoder.layer", BERT)
@@ -330,6 +345,14 @@ def test_attention_that_does_not_run_is_named():
 def test_a_model_without_such_attention_is_unsupported():
     model = MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.1, image_size=32))
     with pytest.raises(UnsupportedModelError, match="layers of its own for queries, keys and values"):
+        fastprompt.attach(model, fastprompt.APT(length=3))
+
+
+def test_a_model_of_other_inputs_is_unsupported():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = WhisperModel(WhisperConfig(**sizes, **heads, **SPECIAL, vocab_size=50, decoder_start_token_id=1))
+    with untouched(model), pytest.raises(UnsupportedModelError, match="WhisperModel reads input_features"):
         fastprompt.attach(model, fastprompt.APT(length=3))
 
 

@@ -51,6 +51,12 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
         assert {"same_keys", "concat/flash", "expand/math"} <= compared
 
 
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_diffuse_prompts_agrees_with_the_released_module(mode):
+    compared, _ = agreed(build("diffuse_prompts", "cpu", TINY["diffuse_prompts"] | {"mode": mode}))
+    assert {"eager", "compiled", "fastprompt", "fastprompt/reference"} <= compared
+
+
 @pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize(
     ("name", "expected"),

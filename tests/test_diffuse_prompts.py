@@ -242,6 +242,18 @@ def test_float32_prompts_beside_half_precision(impl, dtype):
     assert not torch.equal(grads[2], grads[2].to(dtype).float())
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_sums_over_tokens_are_not_rounded_to_half_precision(impl):
+    """Where every activation and slope is exact in bfloat16, all that is left of gradients is float32's rounding."""
+    inputs = make(torch.bfloat16, tokens=100, wide=torch.float32, log_scale=0.0)
+    inputs[1] = torch.randint(-8, 9, inputs[1].shape).bfloat16() / 4
+    grad = torch.randint(-2, 3, inputs[0].shape).bfloat16() / 2
+    _, _, _, *got = run(inputs, grad, impl=impl, weight="none")
+    (_, _, _, *want), _ = oracle(inputs, grad, weight="none")
+    for name, a, b in zip(NAMES[2:], got, want, strict=True):
+        assert (a.double() - b).abs().max() <= 2**-15 * b.abs().max(), name
+
+
 @each_impl
 def test_large_scores_of_softmax(impl):
     inputs = make(torch.float32, tokens=9)

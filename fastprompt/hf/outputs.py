@@ -234,4 +234,9 @@ def _samples(tower: Tower, places: list[_Place]) -> dict[str, Tensor]:
     elif "encoder_hidden_states" in names and any(p.part for p in places):
         # Beside its self-attention, a layer attends to what another model gave.
         given["encoder_hidden_states"] = rows(3, getattr(config, "encoder_hidden_size", None) or width)
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise UnsupportedModelError(
+            f"model: {type(module).__name__} reads {names[0]}, of which no sample is known here, and no {unknown[0]}"
+        )
     return given
