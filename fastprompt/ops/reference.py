@@ -267,4 +267,4 @@ def summarize_tokens(selectors: Tensor, x: Tensor, scale: float) -> Tensor:
     # Selectors are defined as rounded to the dtype of x.
     selectors, tokens = selectors.to(x.dtype).to(dtype), x.to(dtype)
     scores = scale * torch.einsum("tsc,bnc->tbsn", selectors, tokens)
-    return torch.einsum("tbsn,bnc->tbsc", scores.softmax(-1), tokens).to(x.dtype)
+    return torch.einsum("tbsn,bnc->tbsc", scores.softmax(-1), tokens).to(x.dtype).contiguous()
