@@ -29,11 +29,13 @@ _WHERE = {
     "KeyDiff": "cache.policies",
     "LookM": "cache.policies",
     "MaPLe": "recipes.maple",
+    "MultiLane": "recipes.multi_lane",
     "PrefixKV": "recipes.prefix_kv",
     "PromptCache": "hf.cache",
     "Random": "cache.policies",
     "SnapKV": "cache.policies",
     "StreamingLLM": "cache.policies",
+    "TaskPathways": "hf.pathways",
     "UnsupportedModelError": "errors",
     "VPT": "recipes.vpt",
     "ZeroShot": "recipes.zero_shot",
@@ -49,9 +51,9 @@ _WHERE = {
 
 __all__ = [
     "APT", "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier", "CheckpointError",
-    "CoCoOp", "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "PrefixKV",
-    "PromptCache", "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError", "ZeroShot", "__version__", "attach",
-    "check_finite", "compress", "explain", "load", "nn", "ops", "recipes",
+    "CoCoOp", "CoOp", "DataError", "Decoding", "ImplUnavailableError", "KeyDiff", "LookM", "MaPLe", "MultiLane",
+    "PrefixKV", "PromptCache", "Random", "SnapKV", "StreamingLLM", "TaskPathways", "UnsupportedModelError", "ZeroShot",
+    "__version__", "attach", "check_finite", "compress", "explain", "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from fastprompt.hf.attach import attach
     from fastprompt.hf.cache import PromptCache
     from fastprompt.hf.compress import compress
+    from fastprompt.hf.pathways import TaskPathways
     from fastprompt.ops.checks import check_finite
     from fastprompt.ops.dispatch import explain
     from fastprompt.recipes.apt import APT
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
     from fastprompt.recipes.coop import CoOp
     from fastprompt.recipes.ivlp import IVLP
     from fastprompt.recipes.maple import MaPLe
+    from fastprompt.recipes.multi_lane import MultiLane
     from fastprompt.recipes.prefix_kv import PrefixKV
     from fastprompt.recipes.registry import load
     from fastprompt.recipes.vpt import VPT

@@ -107,6 +107,9 @@ def attention(
     if layer is not None:
         attention_mask = layer.mask(query, attention_mask)
     child = getattr(module, CHILD, None)
+    lanes = getattr(child, "lanes", None)
+    if lanes is not None:
+        return lanes.attend(query, key, value, scaling), None
     prompt = None if child is None else child.key_value()
     wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)
     if prompt is None and wanted is not None and blocks is None:

@@ -196,7 +196,7 @@ def find_sites(
                 by_attention[module].attended(query, key, value)
 
         with torch.no_grad(), observe(observer), torch.autocast(_device(tower.module).type, enabled=False):
-            tower.module(**_sample_input(tower, tokens))
+            tower.module(**sample_input(tower, tokens))
     finally:
         for hook in hooks:
             hook.remove()
@@ -230,7 +230,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str, Tensor]:
+def sample_input(tower: Tower, tokens: Sequence[int] | None = None) -> dict[str, Tensor]:
     """The smallest input that runs the tower: one image of the config's size, or eight tokens if none are given."""
     config, weight = tower.module.config, next(p for p in tower.module.parameters() if p.is_floating_point())
     if tower.kind == "text":

@@ -35,7 +35,7 @@ def backward(
     grad_out: Tensor, selectors: Tensor, x: Tensor, out: Tensor, lse: Tensor, scale: float, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of the inputs flagged in ``needs`` (selectors, x), in that order."""
-    batch, tokens, width = x.shape
+    batch, tokens = x.shape[:2]
     wide = lse.dtype
     rows = selectors.flatten(0, 1).to(x.dtype).to(wide)
     dselectors = torch.zeros_like(rows) if needs[0] else None
