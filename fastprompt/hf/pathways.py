@@ -46,7 +46,7 @@ class TaskPathways(nn.Module):
     Raises:
         TypeError: not a transformers model, or another recipe.
         AttachError: the tower already holds prompts.
-        UnsupportedModelError: the model has no class token, rotates keys, or hides its projections; the message says so.
+        UnsupportedModelError: the model has no class token, rotates keys, or hides its projections.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -97,10 +97,10 @@ class TaskPathways(nn.Module):
         self.model.eval()
         self._configs.switch(self.tower.module, NAME)
         self.sites: list[Site] = find_sites(self.tower)
-        self._norm = _check_tower(self.tower, self.sites)
+        self._behind = _check_tower(self.tower, self.sites)
         self.prompted = self.recipe.chosen(len(self.sites))
         self._freeze.apply()
-        self._children = [LaneAttention() for _ in self.sites]
+        self._children = [LaneAttention().eval() for _ in self.sites]
         for site, child in zip(self.sites, self._children, strict=True):
             site.attention.add_module(CHILD, child)
             self._hooks += [
@@ -217,7 +217,10 @@ class TaskPathways(nn.Module):
             child.lanes = None
             if replace == "residual":
                 rows, selectors = rows[: tasks * batch], rows[tasks * batch :].view(tasks, -1, width)
-        feature = self._norm(rows[:, 0]).unflatten(0, (tasks, batch))
+        feature = rows[:, 0]
+        for module in self._behind:
+            feature = module(feature)
+        feature = feature.unflatten(0, (tasks, batch))
         return normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1)
 
     def _norm_before(self, layer: int, selectors: Tensor) -> Tensor:
@@ -290,7 +293,7 @@ class TaskPathways(nn.Module):
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"model: the saved lanes do not fit {type(model).__name__}: {error}") from error
         try:
-            checkpoint.compare_base(content["base"], checkpoint.describe_base(found))
+            checkpoint.check_base(content, found)
             expected = dict(found.named_parameters())
             checkpoint.check_tensors(tensors, expected, type(model).__name__)
             with torch.no_grad():
@@ -362,18 +365,16 @@ def _call(layer: nn.Module, called: tuple[tuple, dict] | None, rows: Tensor) -> 
     return output[0] if isinstance(output, tuple) else output
 
 
-def _check_tower(tower: Tower, sites: list[Site]) -> nn.Module:
-    """The norm behind the last layer, of a tower with a class token.
+def _check_tower(tower: Tower, sites: list[Site]) -> tuple[nn.Module, ...]:
+    """The norm behind the last layer, if there is one, of a tower with a class token.
 
     Raises:
-        UnsupportedModelError: keys are rotated, images are packed, there is no class token, or no norm.
+        UnsupportedModelError: keys are rotated, images are packed, or there is no class token.
     """
     name = type(tower.module).__name__
     if any(site.packed or (site.projections is not None and site.projections.rotated) for site in sites):
-        raise UnsupportedModelError(
-            f"model: {name} packs images or rotates keys by position, which summaries have none of"
-        )
-    inputs = {key: torch.cat([x, torch.randn_like(x)]) for key, x in sample_input(tower).items()}
+        raise UnsupportedModelError(f"model: {name} packs images or rotates keys by position, and summaries have none")
+    inputs = {key: torch.cat([x, -x]) for key, x in sample_input(tower).items()}
     entered: list[Tensor] = []
     left: list[Tensor] = []
     norms: list[nn.Module] = []
@@ -396,7 +397,7 @@ def _check_tower(tower: Tower, sites: list[Site]) -> nn.Module:
         *(m.register_forward_hook(follow) for m in _leaves(tower)),
     ]
     try:
-        with torch.no_grad(), torch.random.fork_rng([]):
+        with torch.no_grad():
             tower.module(**inputs)
     finally:
         for hook in hooks:
@@ -404,9 +405,7 @@ def _check_tower(tower: Tower, sites: list[Site]) -> nn.Module:
     first = entered[0][:, 0]
     if not torch.equal(first[0], first[1]):
         raise UnsupportedModelError(f"model: {name} has no class token in front, where lanes start")
-    if not norms:
-        raise UnsupportedModelError(f"model: no norm follows the layers of {name}")
-    return norms[0]
+    return tuple(norms)
 
 
 def _leaves(tower: Tower) -> Iterator[nn.Module]:

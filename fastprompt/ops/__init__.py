@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with prompts and beside them, compression of its keys, token summaries: one file each, schemas need torch."""
+"""Attention with prompts and beside them, compression of its keys, token summaries: one file each, needing torch."""
 
 from fastprompt.ops.compress_kv import compress_kv
 from fastprompt.ops.decoupled_attention import decoupled_attention

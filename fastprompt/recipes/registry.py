@@ -14,6 +14,7 @@ from fastprompt.recipes.cocoop import CoCoOp
 from fastprompt.recipes.coop import CoOp
 from fastprompt.recipes.ivlp import IVLP
 from fastprompt.recipes.maple import MaPLe
+from fastprompt.recipes.multi_lane import MultiLane
 from fastprompt.recipes.prefix_kv import PrefixKV
 from fastprompt.recipes.vpt import VPT
 from fastprompt.recipes.zero_shot import ZeroShot
@@ -28,6 +29,9 @@ RECIPES = {recipe.__name__: recipe for recipe in (VPT, PrefixKV, APT)}
 
 #: Every recipe of a `CLIPClassifier`.
 CLIP_RECIPES = {recipe.__name__: recipe for recipe in (CoOp, CoCoOp, MaPLe, IVLP, ZeroShot)}
+
+#: Every recipe of `TaskPathways`.
+PATHWAY_RECIPES = {recipe.__name__: recipe for recipe in (MultiLane,)}
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> Handle:
@@ -63,6 +67,11 @@ def load(model: PreTrainedModel, directory: str | Path) -> Handle:
         raise CheckpointError(
             f"method: got {content['method']!r}, expected prompts of a handle; load a classifier with "
             "fastprompt.CLIPClassifier.load(clip, tokenizer, directory)"
+        )
+    if content["method"] in PATHWAY_RECIPES:
+        raise CheckpointError(
+            f"method: got {content['method']!r}, expected prompts of a handle; load pathways with "
+            "fastprompt.TaskPathways.load(model, directory)"
         )
     if recipe is None:
         raise CheckpointError(f"method: got {content['method']!r}, expected one of {', '.join(RECIPES)}")
