@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | eval | compress-eval | bench | info | warmup | inspect | assets``."""
+"""The command line: ``fastprompt demo | tune | continual | eval | compress-eval | bench | info | warmup | inspect | assets``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fastprompt
-from fastprompt import cli_compress, cli_tune
+from fastprompt import cli_compress, cli_continual, cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
               "  fastprompt tune --task text --data reviews.csv --out runs/reviews\n"
               "  fastprompt tune --recipe coop --model clip/ --data photos/ --out runs/coop")  # fmt: skip
     cli_tune.add_tune_arguments(sub)
+
+    sub = add("continual", cli_continual.command,
+              "Learn the classes of an image folder task after task, each in a lane of its own (MULTI-LANE).",
+              "fastprompt continual --data photos/ --tasks 5 --out runs/lanes")  # fmt: skip
+    cli_continual.add_arguments(sub)
 
     sub = add("eval", cli_tune.eval_command,
               "Evaluate a tuned run on its held-out examples, or on others of the same classes.",
