@@ -10,9 +10,13 @@ from torch import Tensor
 
 from . import configs
 from .configs import Config, padded
+from .diffuse_prompts import plan_columns
 from .launch import INTERPRET, Launch, upcast
-from .prompt_attention import PROGRAMS, plan_reduce, tiles
-from .summarize_tokens_kernels import summarize_kernel, summarize_selectors_kernel, summarize_tokens_kernel
+from .prompt_attention import tiles
+from .summarize_tokens_kernels import summarize_kernel, summarize_slopes_kernel, summarize_tokens_kernel
+
+#: Columns of a tile in the backward, by bytes of an element.
+COLUMNS = {2: 64, 4: 32}
 
 
 @dataclass(frozen=True)
@@ -28,28 +32,34 @@ class Problem:
 
     @property
     def rows(self) -> int:
+        """Tokens of all samples."""
+        return self.x.shape[0] * self.x.shape[1]
+
+    @property
+    def summaries(self) -> int:
         """Summaries of all tasks."""
         return self.selectors.shape[0] * self.selectors.shape[1]
 
     def config(self, kernel: str) -> Config:
-        """The configuration of one kernel."""
+        """The configuration of one kernel; that of `plan_columns` is in tokens and columns."""
         _, tokens, width = self.x.shape
+        sizes = (self.rows, width) if kernel == "diffuse_prompt" else (self.summaries, tokens)
         if INTERPRET:
-            return configs.fit(configs.PINNED, self.rows, tokens)
-        return configs.choose(kernel, self.x.element_size(), width, self.rows, tokens)
+            return configs.fit(configs.PINNED, *sizes)
+        dim = width if kernel == "summarize" else 0
+        return configs.choose(kernel, self.x.element_size(), dim, *sizes)
 
     def inputs(self) -> dict[str, object]:
         """What all kernels read."""
         return {
-            "selectors": self.selectors, "x": self.x, "sx": self.x.stride(), "summaries": self.selectors.shape[1],
-            "rows_total": self.rows, "tokens": self.x.shape[1], "scale": self.scale,
+            "selectors": self.selectors, "summaries": self.selectors.shape[1], "rows_total": self.summaries,
+            "tokens": self.x.shape[1],
         }  # fmt: skip
 
-    def constants(self, config: Config) -> dict[str, object]:
+    def constants(self, config: Config, columns: int) -> dict[str, object]:
         """What all kernels are compiled for."""
-        width = self.x.shape[2]
         return {
-            "UPCAST": upcast(self.x.dtype), "C": width, "BLOCK_C": padded(width), "BLOCK_M": config.rows,
+            "UPCAST": upcast(self.x.dtype), "C": self.x.shape[2], "BLOCK_C": columns, "BLOCK_M": config.rows,
             "BLOCK_N": config.keys,
         }  # fmt: skip
 
@@ -76,34 +86,44 @@ def backward(
 def plan_forward(p: Problem, out: Tensor, lse: Tensor) -> Launch:
     """The forward launch."""
     config = p.config("summarize")
-    count = tiles(p.rows, config.rows)
-    arguments = p.inputs() | {"out": out, "lse": lse, "so": out.stride(), "sl": lse.stride(), "tiles": count}
-    return Launch(summarize_kernel, len(p.x) * count, arguments, p.constants(config), config)
+    count = tiles(p.summaries, config.rows)
+    arguments = p.inputs() | {
+        "x": p.x, "out": out, "lse": lse, "sx": p.x.stride(), "so": out.stride(), "sl": lse.stride(), "tiles": count,
+        "scale": p.scale,
+    }  # fmt: skip
+    constants = p.constants(config, padded(p.x.shape[2]))
+    return Launch(summarize_kernel, len(p.x) * count, arguments, constants, config)
 
 
 def plan_backward(
     p: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, dsel: Tensor | None, dx: Tensor | None
 ) -> list[Launch]:
-    """The launches that fill those gradients that are not None; weights and slopes never leave a program."""
+    """The launches that fill those gradients that are not None.
+
+    Weights and slopes, ``[B N, T S]`` each, live between two of them; weights only where dx is needed.
+    """
     batch, tokens, width = p.x.shape
-    config = p.config("summarize_selectors")
-    count = tiles(p.rows, config.rows)
-    splits = max(1, min(batch, PROGRAMS // max(1, count)))
-    work = None if dsel is None else dsel.new_empty(splits, p.rows, width, dtype=torch.float32)
-    delta = None if dx is None else torch.empty_like(lse)
+    columns = min(COLUMNS[p.x.element_size()], padded(width))
+    slope = p.x.new_empty(p.rows, p.summaries)
+    weight = None if dx is None else torch.empty_like(slope)
+    config = p.config("summarize_slopes")
+    count, row_tiles = tiles(tokens, config.keys), tiles(p.summaries, config.rows)
     arguments = p.inputs() | {
-        "out": out, "grad_out": grad_out, "lse": lse, "delta": delta, "work": work,
-        "so": out.stride(), "sdo": grad_out.stride(), "sl": lse.stride(), "splits": splits, "size": batch,
+        "x": p.x, "out": out, "grad_out": grad_out, "lse": lse, "kept_weight": weight, "kept_slope": slope,
+        "sx": p.x.stride(), "so": out.stride(), "sdo": grad_out.stride(), "sl": lse.stride(),
+        "tiles": count, "row_tiles": row_tiles, "scale": p.scale,
     }  # fmt: skip
-    plan = [Launch(summarize_selectors_kernel, count * splits, arguments, p.constants(config), config)]
-    if work is not None and dsel is not None:
-        plan.append(plan_reduce(work, dsel))
+    constants = p.constants(config, columns)
+    plan = [Launch(summarize_slopes_kernel, batch * count * row_tiles, arguments, constants, config)]
+    if dsel is not None and dsel.numel():
+        plan += plan_columns(p, slope, p.x, None, dsel.flatten(0, 1))
     if dx is not None:
         config = p.config("summarize_tokens")
-        count = tiles(tokens, config.keys)
+        count, column_tiles = tiles(tokens, config.keys), tiles(width, columns)
         arguments = p.inputs() | {
-            "grad_out": grad_out, "lse": lse, "delta": delta, "grad_x": dx, "sdo": grad_out.stride(),
-            "sl": lse.stride(), "sdx": dx.stride(), "tiles": count,
+            "grad_out": grad_out, "kept_weight": weight, "kept_slope": slope, "grad_x": dx,
+            "sdo": grad_out.stride(), "sdx": dx.stride(), "tiles": count, "column_tiles": column_tiles,
         }  # fmt: skip
-        plan.append(Launch(summarize_tokens_kernel, batch * count, arguments, p.constants(config), config))
+        constants = p.constants(config, columns)
+        plan.append(Launch(summarize_tokens_kernel, batch * count * column_tiles, arguments, constants, config))
     return plan
