@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``fastprompt demo | tune | continual | eval | compress-eval | bench | info | warmup | inspect | assets``."""
+"""The command line: ``fastprompt demo``, ``tune``, ``continual``, ``eval`` and the others that ``--help`` lists."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--length", type=int, default=20, help="prompts a task and layer [%(default)s]")
     sub.add_argument("--layers", type=int, nargs="+", help="layers with prompts, from 0 [the first 5]")
     sub.add_argument("--replace", default="residual", choices=("residual", "reset", "none"),
-                     help="what selects in the next layer: as released, as in the paper, or nothing [%(default)s]")  # fmt: skip
+                     help="what selects next: as released, as in the paper, or nothing [%(default)s]")  # fmt: skip
     sub.add_argument("--epochs", type=int, default=10, help="of every task [%(default)s]")
     sub.add_argument("--batch-size", type=int, default=16, help="[%(default)s]")
     sub.add_argument("--lr", type=float, default=0.01, help="[%(default)s]")

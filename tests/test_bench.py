@@ -20,7 +20,13 @@ from bench.published_clip import activation_bytes
 from bench.run import build, grid, main, measure, names
 from fastprompt.tuning.memory import peak_memory
 
-OPERATIONS = ("cpu_candidates", "decoupled_attention", "prompt_attention", "prompt_attention_varlen")
+OPERATIONS = (
+    "cpu_candidates",
+    "decoupled_attention",
+    "prompt_attention",
+    "prompt_attention_varlen",
+    "summarize_tokens",
+)
 
 #: PEFT asks transformers under a name that goes away.
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -58,12 +64,18 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
         ("cocoop_step", {"published", "trimmed", "fastprompt"}),
         ("coop_text", {f"{n}{c}" for n in ("published", "trimmed", "shared", "fastprompt") for c in ("", "/compiled")}),
         ("maple_step", {"published", "trimmed", "fastprompt"}),
+        ("multilane", {"released", "loop", "fastprompt", "fastprompt/batch"}),
         ("prefix_step", {"peft", "kv_concat", "fastprompt"}),
         ("vpt_step", {"kv_concat", "fastprompt"}),
     ],
 )
 def test_steps_agree_with_the_reference(name, expected):
     assert agreed(build(name, "cpu", TINY[name])) == (expected, {})
+
+
+def test_multilane_trains_the_newest_task():
+    case = build("multilane", "cpu", TINY["multilane"] | {"mode": "step"})
+    assert agreed(case)[0] == {"released", "loop", "fastprompt", "fastprompt/batch"}
 
 
 def test_coop_text_agrees_in_bfloat16_and_in_chunks(monkeypatch):

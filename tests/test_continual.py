@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTConfig, ViTModel
 
 from fastprompt import MultiLane, TaskPathways
+from fastprompt.cli import main
 from fastprompt.errors import CheckpointError, DataError
 from fastprompt.tuning import ContinualResult, TuneConfig, continual, split_classes
 
@@ -148,3 +150,59 @@ def test_errors():
     model.grow(2)
     with pytest.raises(ValueError, match="got 2 classes and 2 tasks"):
         run(model)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Four classes of grey levels."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for level, name in ((30, "black"), (90, "dark"), (160, "light"), (230, "white")):
+        (root / name).mkdir()
+        for i in range(6):
+            pixels = (level + 8 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte()
+            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
+    return root
+
+
+def arguments(photos, tmp_path, *extra):
+    if not (tmp_path / "vit").exists():
+        torch.manual_seed(0)
+        pathways().model.save_pretrained(tmp_path / "vit")
+    return ["continual", "--model", str(tmp_path / "vit"), "--data", str(photos), "--tasks", "2", "--shots", "4",
+            "--image-size", "32", "--summaries", "3", "--length", "2", "--layers", "0", "--epochs", "4", "--lr", "0.05",
+            "--batch-size", "4", "--autocast", "off", "--out", str(tmp_path / "run"), *extra]  # fmt: skip
+
+
+def test_the_command(photos, tmp_path, capsys):
+    assert main(arguments(photos, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "2 training" not in printed and "(8 training, 4 test images)" in printed
+    assert "after task |     0     1 |   all" in printed and "forgetting" in printed
+    found = json.loads((tmp_path / "run" / "continual.json").read_text())
+    assert [len(row) for row in found["accuracy"]] == [1, 2] and 0 <= found["forgetting"] <= 1
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"continual.json", "log.jsonl", "prompts.safetensors", "prompt_config.json", "task-0", "task-1"}
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert "MultiLane(" in capsys.readouterr().out
+    assert main(arguments(photos, tmp_path, "--resume")) == 0
+    assert json.loads((tmp_path / "run" / "continual.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ((), "pass resume=True"),
+        (("--tasks", "9", "--out", "{out}"), "tasks: got 9, expected 1 to 4"),
+        (("--data", "nowhere", "--out", "{out}"), "nowhere"),
+        (("--summaries", "0", "--out", "{out}"), "summaries: got 0"),
+        (("--data", "openmoji", "--eval-size", "5", "--out", "{out}"), "whose test drawings are fixed"),
+        (("--layers", "7", "--out", "{out}"), "layers: got [7]"),
+    ],
+)
+def test_errors_of_the_command(photos, tmp_path, capsys, extra, message):
+    if not extra:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "log.jsonl").write_text("")
+    assert main(arguments(photos, tmp_path, *(x.format(out=tmp_path / "other") for x in extra))) == 1
+    assert message in capsys.readouterr().err

@@ -56,9 +56,9 @@ class ClassTasks:
         """The tasks, their images decoded once at the size the model sees."""
         images = self._images()
         if isinstance(images, OpenMoji):
-            parts = images.few_shot(self.shots, self.seed), images.test
+            parts: list[Any] = [images.few_shot(self.shots, self.seed), images.test]
         else:
-            parts = few_shot(images, self.shots, self.seed, self.eval_size)
+            parts = list(few_shot(images, self.shots, self.seed, self.eval_size))
         train, test = (self._decode(part, images, model, progress) for part in parts)
         return split_classes(train, test, images.classes, self.tasks, self.seed)
 
