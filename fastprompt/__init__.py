@@ -35,7 +35,7 @@ _WHERE = {
     "Random": "cache.policies",
     "SnapKV": "cache.policies",
     "StreamingLLM": "cache.policies",
-    "TaskPathways": "hf.pathways",
+    "TaskPathways": "recipes.task_pathways",
     "UnsupportedModelError": "errors",
     "VPT": "recipes.vpt",
     "ZeroShot": "recipes.zero_shot",
@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     from fastprompt.hf.attach import attach
     from fastprompt.hf.cache import PromptCache
     from fastprompt.hf.compress import compress
-    from fastprompt.hf.pathways import TaskPathways
     from fastprompt.ops.checks import check_finite
     from fastprompt.ops.dispatch import explain
     from fastprompt.recipes.apt import APT
@@ -84,6 +83,7 @@ if TYPE_CHECKING:
     from fastprompt.recipes.multi_lane import MultiLane
     from fastprompt.recipes.prefix_kv import PrefixKV
     from fastprompt.recipes.registry import load
+    from fastprompt.recipes.task_pathways import TaskPathways
     from fastprompt.recipes.vpt import VPT
     from fastprompt.recipes.zero_shot import ZeroShot
 

@@ -186,7 +186,7 @@ def test_the_cost_is_linear(option, monkeypatch):
     assert five - two == 3 * (two - one) > 0
     pathways = make()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        pathways.tower.module(pixel_values=images(pathways))
+        pathways.base.tower.module(pixel_values=images(pathways))
     assert counter.get_total_flops() < one < 2 * counter.get_total_flops()
 
 
@@ -279,7 +279,7 @@ def test_the_model_itself_runs_as_before():
     pathways = TaskPathways(model, RECIPE)
     pathways.grow(2)
     pathways(images(pathways))
-    assert all(child.stream is None and child.called is None for child in pathways._children)
+    assert all(child.stream is None and child.called is None for child in pathways.base._children)
     after = tiny_models.outputs(model)
     assert all(torch.equal(after[name], x) for name, x in before.items())
 
@@ -344,3 +344,12 @@ def test_one_handle_a_tower():
     with fastprompt.attach(model, fastprompt.VPT(length=2)), pytest.raises(AttachError, match="already holds prompts"):
         TaskPathways(model, RECIPE)
     assert not any(hasattr(m, "fastprompt") for m in model.modules())
+
+
+def test_a_lane_held_for_training_stays_the_lane_of_its_task():
+    pathways = make(tasks=(2,))
+    first, pixels = pathways.newest(), images(pathways)
+    want = first(pixels).logits
+    add(pathways, 3)
+    assert torch.equal(first(pixels).logits, want)
+    assert pathways.newest()(pixels).logits.shape == (3, 3)

@@ -156,6 +156,12 @@ class LaneAttention(nn.Module):
             return (self.lanes.leave(output[0]), *output[1:])
         return self.lanes.leave(output)
 
+    def read(self) -> Tensor:
+        """What the attention read in the frozen stream ``[B,N,C]``."""
+        if self.stream is None:
+            raise RuntimeError("stream: it did not run")
+        return self.stream
+
     def clear(self) -> None:
         """Let go of the tensors of a forward."""
         self.lanes = self.called = self.stream = None

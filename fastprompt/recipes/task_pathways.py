@@ -3,25 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
-from transformers import PreTrainedModel
+from torch.nn.functional import cross_entropy
 
-from fastprompt.errors import AttachError, CheckpointError, UnsupportedModelError
+from fastprompt.errors import AttachError, CheckpointError
 from fastprompt.hf import checkpoint
-from fastprompt.hf.attention import CHILD, NAME, register
 from fastprompt.hf.clip_vision import Scored
-from fastprompt.hf.holds import Freeze, OwnConfigs
-from fastprompt.hf.sites import Site, Tower, choose_tower, find_sites, sample_input
-from fastprompt.nn.lanes import Lane, LaneAttention, LanePass
+from fastprompt.hf.lanes import LaneTower
+from fastprompt.nn.lanes import Lane
 from fastprompt.recipes.layers import is_count
 from fastprompt.recipes.multi_lane import MultiLane
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TaskPathways(nn.Module):
@@ -66,53 +66,25 @@ class TaskPathways(nn.Module):
 
     def __init__(self, model: PreTrainedModel, recipe: MultiLane, *, block: int | None = 4):
         super().__init__()
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"model: got {type(model).__name__}, expected a transformers PreTrainedModel")
         if not isinstance(recipe, MultiLane):
             raise TypeError(f"recipe: got {recipe!r}, expected fastprompt.MultiLane(...)")
         if block is not None and not is_count(block):
             raise ValueError(f"block: got {block!r}, expected an integer >= 1, or None for all lanes at once")
-        self.tower: Tower = choose_tower(model, "vision")
-        if any(hasattr(a, CHILD) for a in self.tower.attentions):
-            raise AttachError("model: its vision tower already holds prompts; detach the other handle first")
         self.recipe, self.block = recipe, block
         self.tasks: list[tuple[str, ...]] = []
         self.lanes = nn.ModuleList()
-        # In a tuple it is not a submodule: state dict and parameters are those of the lanes.
-        self._base = (model,)
-        self._modes = [(m, m.training) for m in model.modules()]
-        self._hooks: list = []
-        self._configs: OwnConfigs | None = OwnConfigs(model)
-        self._freeze: Freeze | None = Freeze(model.parameters())
+        # No submodule: state dict and parameters are those of the lanes.
+        self.base = LaneTower(model)
         try:
-            self._install()
+            self.prompted = recipe.chosen(len(self.base.sites))
         except BaseException:
-            self._restore()
+            self.base.release()
             raise
-
-    def _install(self) -> None:
-        register()
-        if self._configs is None or self._freeze is None:
-            raise RuntimeError("model: let go of already")
-        self.model.eval()
-        self._configs.switch(self.tower.module, NAME)
-        self.sites: list[Site] = find_sites(self.tower)
-        self._behind = _check_tower(self.tower, self.sites)
-        self.prompted = self.recipe.chosen(len(self.sites))
-        self._freeze.apply()
-        self._children = [LaneAttention().eval() for _ in self.sites]
-        for site, child in zip(self.sites, self._children, strict=True):
-            site.attention.add_module(CHILD, child)
-            self._hooks += [
-                site.layer.register_forward_pre_hook(child.begin, with_kwargs=True),
-                site.attention.register_forward_pre_hook(child.enter, with_kwargs=True),
-                site.attention.register_forward_hook(child.leave),
-            ]
 
     @property
     def model(self) -> PreTrainedModel:
         """The frozen model, of its own class."""
-        return self._base[0]
+        return self.base.model
 
     @property
     def classnames(self) -> tuple[str, ...]:
@@ -145,8 +117,8 @@ class TaskPathways(nn.Module):
             )
         self._check_attached()
         place = next(p for p in self.model.parameters() if p.is_floating_point())
-        dtype = torch.promote_types(self.sites[0].dtype, torch.float32)
-        lane = self.recipe.lane(self.sites, len(names)).to(place.device, dtype)
+        dtype = torch.promote_types(self.base.sites[0].dtype, torch.float32)
+        lane = self.recipe.lane(self.base.sites, len(names)).to(place.device, dtype)
         if len(self.lanes):
             lane.follow(self._lane(-1))
         for older in self.lanes:
@@ -157,6 +129,8 @@ class TaskPathways(nn.Module):
     def newest(self) -> NewestLane:
         """The last task alone, to train: a module whose parameters are those of its lane."""
         self._check_attached()
+        if not self.tasks:
+            raise ValueError("lanes: got no task, expected at least one; call grow(classes) first")
         return NewestLane(self)
 
     def _lane(self, task: int) -> Lane:
@@ -176,59 +150,12 @@ class TaskPathways(nn.Module):
         tasks = list(range(count)) if task is None else [task % count]
         block = len(tasks) if task is not None or self.block is None else self.block
         found = []
-        try:
-            with torch.no_grad():
-                self.tower.module(pixel_values=pixel_values)
+        with self.base.stream(pixel_values):
             for first in range(0, len(tasks), block):
                 part = tasks[first : first + block]
-                filled = part + part[-1:] * (block - len(part))
-                found.append(self._run([self._lane(t) for t in filled])[: len(part)])
-        finally:
-            for child in self._children:
-                child.clear()
+                lanes = [self._lane(t) for t in part + part[-1:] * (block - len(part))]
+                found.append(self.base.features(lanes, self.prompted, self.recipe.replace)[: len(part)])
         return torch.cat(found)
-
-    def _run(self, lanes: list[Lane]) -> Tensor:
-        """Unit features ``[T,B,C]`` of lanes, of the stream that ran last."""
-        streams = [child.stream for child in self._children]
-        entered, stream = _hidden(self._children[0].called), streams[0]
-        if stream is None:
-            raise RuntimeError("stream: the tower's layers did not run")
-        tasks, batch, width = len(lanes), *entered[:, 0].shape
-        # [T,S,C]; rows of one token: a lane is the class token of a sample in a task.
-        selectors = _stack([lane.selectors for lane in lanes]).to(entered.dtype)
-        keys, values = (_stack([getattr(lane, name) for lane in lanes]) for name in ("keys", "values"))
-        rows = entered[:, :1].repeat(tasks, 1, 1)
-        replace = self.recipe.replace
-        if replace == "none":
-            first = LanePass(stream, tasks, None, None, selectors=self._norm_before(0, selectors))
-            rows = torch.cat([rows, first.summaries()], dim=1)
-        for i, (site, child) in enumerate(zip(self.sites, self._children, strict=True)):
-            at = self.prompted.index(i) if i in self.prompted else None
-            prompt = None if at is None else (keys[:, at], values[:, at])
-            stream = child.stream
-            if stream is None:
-                raise RuntimeError(f"stream: layer {i} did not run")
-            own = self._norm_before(i, selectors) if replace == "reset" else None
-            child.lanes = LanePass(stream, tasks, site.projections, prompt, own, pools=replace != "none")
-            if replace == "residual":
-                rows = torch.cat([rows, selectors.reshape(-1, 1, width)])
-            rows = _call(site.layer, child.called, rows)
-            child.lanes = None
-            if replace == "residual":
-                rows, selectors = rows[: tasks * batch], rows[tasks * batch :].view(tasks, -1, width)
-        feature = rows[:, 0]
-        for module in self._behind:
-            feature = module(feature)
-        feature = feature.unflatten(0, (tasks, batch))
-        return normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1)
-
-    def _norm_before(self, layer: int, selectors: Tensor) -> Tensor:
-        """Selectors as the attention of a layer would read them."""
-        projections = self.sites[layer].projections
-        if projections is None:
-            raise RuntimeError("projections: not looked for")
-        return projections.norm(selectors)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, *, task: int | None = None) -> Scored:
         """Logits of all tasks' classes, or of one task's, and the cross entropy with ``labels``.
@@ -260,7 +187,7 @@ class TaskPathways(nn.Module):
         self._check_attached()
         content = {
             "method": type(self.recipe).__name__, "config": asdict(self.recipe), "tower": "vision", "train": [],
-            "base": checkpoint.describe_base(self), "tasks": self.tasks,
+            "base": checkpoint.describe_base(self.base), "tasks": self.tasks,
         }  # fmt: skip
         checkpoint.write(Path(directory), content, dict(self.named_parameters()))
 
@@ -293,7 +220,7 @@ class TaskPathways(nn.Module):
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"model: the saved lanes do not fit {type(model).__name__}: {error}") from error
         try:
-            checkpoint.check_base(content, found)
+            checkpoint.check_base(content, found.base)
             expected = dict(found.named_parameters())
             checkpoint.check_tensors(tensors, expected, type(model).__name__)
             with torch.no_grad():
@@ -307,25 +234,11 @@ class TaskPathways(nn.Module):
     def detach(self) -> None:
         """Give the model back: outputs, modes, configs and ``requires_grad`` flags as before."""
         self._check_attached()
-        self._restore()
+        self.base.release()
 
     def _check_attached(self) -> None:
-        if self._freeze is None:
+        if not self.base.attached:
             raise AttachError("pathways: detached already; build new ones, or load saved ones with TaskPathways.load")
-
-    def _restore(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for module in self.tower.attentions:
-            if isinstance(module._modules.get(CHILD), LaneAttention):
-                del module._modules[CHILD]
-        for module, training in self._modes:
-            module.training = training
-        if self._freeze is not None:
-            self._freeze.release(())
-        if self._configs is not None:
-            self._configs.release()
-        self._hooks, self._freeze, self._configs = [], None, None
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -337,80 +250,9 @@ class NewestLane(nn.Module):
 
     def __init__(self, pathways: TaskPathways):
         super().__init__()
-        self._pathways = (pathways,)
-        self.lane = pathways._lane(-1)
+        self._pathways, self._task = (pathways,), len(pathways.tasks) - 1
+        self.lane = pathways._lane(self._task)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Scored:
-        """As `TaskPathways.forward` of the last task."""
-        return self._pathways[0](pixel_values, labels, task=-1)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """One tensor of equal ones; nothing is copied for one task."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _hidden(called: tuple[tuple, dict] | None) -> Tensor:
-    """What a layer was called with."""
-    if called is None:
-        raise RuntimeError("stream: the tower's layers did not run")
-    args, kwargs = called
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _call(layer: nn.Module, called: tuple[tuple, dict] | None, rows: Tensor) -> Tensor:
-    """Run a layer again as it was called, on other rows."""
-    args, kwargs = called or ((), {})
-    output = layer(rows, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": rows})
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _check_tower(tower: Tower, sites: list[Site]) -> tuple[nn.Module, ...]:
-    """The norm behind the last layer, if there is one, of a tower with a class token.
-
-    Raises:
-        UnsupportedModelError: keys are rotated, images are packed, or there is no class token.
-    """
-    name = type(tower.module).__name__
-    if any(site.packed or (site.projections is not None and site.projections.rotated) for site in sites):
-        raise UnsupportedModelError(f"model: {name} packs images or rotates keys by position, and summaries have none")
-    inputs = {key: torch.cat([x, -x]) for key, x in sample_input(tower).items()}
-    entered: list[Tensor] = []
-    left: list[Tensor] = []
-    norms: list[nn.Module] = []
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        entered.append(_hidden((args, kwargs)))
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        left.append(output[0] if isinstance(output, tuple) else output)
-
-    def follow(module: nn.Module, args: tuple, output: Any) -> None:
-        read = next((x for x in args if isinstance(x, Tensor)), None)
-        if left and not norms and read is not None and isinstance(output, Tensor) and output.shape == read.shape:
-            if read.untyped_storage().data_ptr() == left[0].untyped_storage().data_ptr():
-                norms.append(module)
-
-    hooks = [
-        tower.layers[0].register_forward_pre_hook(enter, with_kwargs=True),
-        tower.layers[-1].register_forward_hook(leave),
-        *(m.register_forward_hook(follow) for m in _leaves(tower)),
-    ]
-    try:
-        with torch.no_grad():
-            tower.module(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    first = entered[0][:, 0]
-    if not torch.equal(first[0], first[1]):
-        raise UnsupportedModelError(f"model: {name} has no class token in front, where lanes start")
-    return tuple(norms)
-
-
-def _leaves(tower: Tower) -> Iterator[nn.Module]:
-    """Modules with weights of their own outside the layers."""
-    inside = {m for layer in tower.layers for m in layer.modules()}
-    for module in tower.module.modules():
-        if module not in inside and any(True for _ in module.parameters(recurse=False)):
-            yield module
+        """As `TaskPathways.forward` of the task."""
+        return self._pathways[0](pixel_values, labels, task=self._task)
