@@ -79,6 +79,7 @@ def command(args: argparse.Namespace) -> None:
              "fastprompt": fastprompt.__version__}  # fmt: skip
     (args.out / RESULT).write_text(json.dumps(found, indent=2))
     print(table(result))
+    print(f"{pathways.num_trainable:,} parameters learned for the last task, its head included")
     print(f"saved: {args.out}/prompts.safetensors, log.jsonl, {RESULT}")
 
 

@@ -188,7 +188,7 @@ def continual(
         >>> tasks = split_classes(images, images, ["cat", "dog", "cow", "pig"], 2)
         >>> result = continual(pathways, tasks, config=TuneConfig(epochs=2), progress=False)
         >>> len(result.seen), pathways.classnames
-        (2, ('pig', 'cat', 'dog', 'cow'))
+        (2, ('cat', 'dog', 'pig', 'cow'))
     """
     if not tasks or model.classnames:
         raise ValueError(
