@@ -186,8 +186,9 @@ def test_the_cost_is_linear(option, monkeypatch):
     assert five - two == 3 * (two - one) > 0
     pathways = make()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        pathways.base.tower.module(pixel_values=images(pathways))
-    assert counter.get_total_flops() < one < 2 * counter.get_total_flops()
+        pathways.model(images(pathways))
+    # Nothing reads what the frozen stream's last layer makes of the tokens.
+    assert one < 1.5 * counter.get_total_flops()
 
 
 def test_loss_and_labels():
@@ -279,8 +280,8 @@ def test_the_model_itself_runs_as_before():
     pathways = TaskPathways(model, RECIPE)
     pathways.grow(2)
     pathways(images(pathways))
-    assert all(child.stream is None and child.called is None for child in pathways.base._children)
     after = tiny_models.outputs(model)
+    assert all(child.stream is None and child.called is None for child in pathways.base._children)
     assert all(torch.equal(after[name], x) for name, x in before.items())
 
 

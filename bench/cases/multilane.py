@@ -22,8 +22,11 @@ MODES = ("all", "step")
 def build(
     device: str, tasks: int = 4, batch: int = 16, layers: int = 12, width: int = 384, pixels: int = 224,
     summaries: int = 20, length: int = 20, classes: int = 10, mode: str = "all",
+    dtype: str = "bfloat16",
 ) -> Case:  # fmt: skip
     """The case; ``layers``, ``width`` and ``pixels`` make a quick version."""
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype: got {dtype!r}, expected bfloat16 (autocast) or float32")
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
     torch.manual_seed(0)
@@ -43,7 +46,7 @@ def build(
     for found in pathways.values():
         found.load_state_dict(pathways[4].state_dict())
 
-    def step(block: int | None, autocast: bool = True, released: bool = False) -> Step:
+    def step(block: int | None, autocast: bool = dtype == "bfloat16", released: bool = False) -> Step:
         own = pathways[block]
         lanes = list(own.lanes) if mode == "all" else [own.lanes[-1]]
 
@@ -66,7 +69,7 @@ def build(
 
     def stream() -> Step:
         def run() -> list[Tensor]:
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
                 return [models[4](pixel_values=images).last_hidden_state]
 
         return run
@@ -76,8 +79,9 @@ def build(
 
     providers = {"released": provider(4, released=True), "loop": provider(1), "fastprompt": provider(4),
                  "fastprompt/batch": provider(None), "stream": Provider(stream)}  # fmt: skip
+    computed = "bfloat16 autocast" if dtype == "bfloat16" else dtype
     params = {"model": f"DINOv2 {width}", "tasks": tasks, "batch": batch, "layers": layers, "pixels": pixels,
-              "summaries": summaries, "length": length, "mode": mode, "dtype": "bfloat16 autocast"}  # fmt: skip
+              "summaries": summaries, "length": length, "mode": mode, "dtype": computed}  # fmt: skip
     return Case("multilane", providers, "released", lambda: step(4, False, True)(), 1e-4, params)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fastprompt.errors import AttachError, UnsupportedModelError
 from fastprompt.hf.attention import CHILD, NAME, register
 from fastprompt.hf.holds import Freeze, OwnConfigs
 from fastprompt.hf.sites import Site, Tower, choose_tower, find_sites, sample_input
-from fastprompt.nn.lanes import Lane, LaneAttention, LanePass
+from fastprompt.nn.lanes import Lane, LaneAttention, LanePass, StreamEnds
 
 
 class LaneTower:
@@ -52,7 +52,7 @@ class LaneTower:
             self._behind = _check_tower(self.tower, self.sites)
             freeze.apply()
             for site in self.sites:
-                self._install(site, LaneAttention().eval())
+                self._install(site, LaneAttention(last=site is self.sites[-1]).eval())
         except BaseException:
             self.release()
             raise
@@ -88,10 +88,14 @@ class LaneTower:
 
     @contextmanager
     def stream(self, pixel_values: Tensor) -> Iterator[None]:
-        """Run the frozen model on images; inside the context, `features` reads what its layers read."""
+        """Run the frozen model on images up to its last attention; inside the context, `features` reads that."""
+        for child in self._children:
+            child.reads = True
         try:
-            with torch.no_grad():
+            with suppress(StreamEnds), torch.no_grad():
                 self.tower.module(pixel_values=pixel_values)
+            for child in self._children:
+                child.reads = False
             yield
         finally:
             for child in self._children:

@@ -115,10 +115,18 @@ class LanePass:
         return torch.cat([output[: self.rows], self.entered[self.rows :].to(output.dtype)])
 
 
+class StreamEnds(Exception):
+    """The frozen stream ran as far as lanes read it: nobody needs what its last layer makes of its tokens."""
+
+
 class LaneAttention(nn.Module):
     """The child of an attention module that notes what the frozen stream reads, and lets lanes through.
 
+    Args:
+        last: Nothing is read behind this attention: end the stream in front of it.
+
     Attributes:
+        reads: Whether what runs is the frozen stream; else the model runs by itself, or lanes do.
         lanes: What happens to the rows of the current call; None while the frozen stream runs.
         called: Arguments of the layer in the frozen stream.
         stream: What its attention read there.
@@ -126,8 +134,9 @@ class LaneAttention(nn.Module):
 
     inserted = False
 
-    def __init__(self):
+    def __init__(self, last: bool = False):
         super().__init__()
+        self.last, self.reads = last, False
         self.lanes: LanePass | None = None
         self.called: tuple[tuple, dict] | None = None
         self.stream: Tensor | None = None
@@ -137,16 +146,18 @@ class LaneAttention(nn.Module):
 
     def begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """A hook before the layer."""
-        if self.lanes is None:
+        if self.reads:
             self.called = (args, kwargs)
 
     def enter(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         """A hook before the attention module."""
         x = args[0] if args else kwargs["hidden_states"]
-        if self.lanes is None:
-            self.stream = x
-        else:
+        if self.lanes is not None:
             self.lanes.entered = x
+        elif self.reads:
+            self.stream = x
+            if self.last:
+                raise StreamEnds
 
     def leave(self, attention: nn.Module, args: tuple, output: Any) -> Any:
         """A hook behind the attention module."""
@@ -165,3 +176,4 @@ class LaneAttention(nn.Module):
     def clear(self) -> None:
         """Let go of the tensors of a forward."""
         self.lanes = self.called = self.stream = None
+        self.reads = False

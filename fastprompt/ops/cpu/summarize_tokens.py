@@ -3,6 +3,7 @@
 
 Selectors and their gradient are small beside the tokens. The backward computes weights again, a few samples at a time,
 in float32: a selector's gradient is a sum over the batch, which PyTorch's flash backward would round once a sample.
+Only the product with the gradient of the output runs in the dtype of the tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def backward(
     """Gradients of the inputs flagged in ``needs`` (selectors, x), in that order."""
     batch, tokens = x.shape[:2]
     wide = lse.dtype
-    rows = selectors.flatten(0, 1).to(x.dtype).to(wide)
+    rows = scale * selectors.flatten(0, 1).to(x.dtype).to(wide)
     dselectors = torch.zeros_like(rows) if needs[0] else None
     dx = x.new_empty(x.shape) if needs[1] else None
     step = max(1, TILE // max(1, tokens * len(rows)))
@@ -45,12 +46,14 @@ def backward(
         part = slice(first, first + step)
         xs = x[part].to(wide)
         # [T,b,S,...] -> [b,T*S,...]
-        grad, own, level = (t[:, part].transpose(0, 1).flatten(1, 2).to(wide) for t in (grad_out, out, lse))
+        grad, own, level = (t[:, part].transpose(0, 1).flatten(1, 2) for t in (grad_out, out, lse))
+        slope = (x[part] @ grad.mT).to(wide)
+        grad = grad.to(wide)
         delta = (grad * own).sum(-1)
-        weight = (xs @ rows.T).mul_(scale).sub_(level.unsqueeze(1)).exp_()
-        slope = (xs @ grad.mT).sub_(delta.unsqueeze(1)).mul_(weight).mul_(scale)
+        weight = (xs @ rows.T).sub_(level.unsqueeze(1)).exp_()
+        slope = slope.sub_(delta.unsqueeze(1)).mul_(weight)
         if dselectors is not None:
-            dselectors.addmm_(slope.flatten(0, 1).T, xs.flatten(0, 1))
+            dselectors.addmm_(slope.flatten(0, 1).T, xs.flatten(0, 1), alpha=scale)
         if dx is not None:
             dx[part] = torch.baddbmm(slope @ rows, weight, grad)
     dselectors = None if dselectors is None else dselectors.view(selectors.shape).to(selectors.dtype)
