@@ -121,13 +121,15 @@ class LaneTower:
         for i, (site, child) in enumerate(zip(self.sites, self._children, strict=True)):
             at = list(prompted).index(i) if i in prompted else None
             prompt = None if at is None else (keys[:, at], values[:, at])
-            own = self._norm_before(i, selectors) if replace == "reset" else None
+            # Selectors that no later layer reads do not run through this one.
+            carried = replace == "residual" and site is not self.sites[-1]
+            own = None if carried or replace == "none" else self._norm_before(i, selectors)
             child.lanes = LanePass(child.read(), tasks, site.projections, prompt, own, pools=replace != "none")
-            if replace == "residual":
+            if carried:
                 rows = torch.cat([rows, selectors.reshape(-1, 1, width)])
             rows = _call(site.layer, child.called, rows)
             child.lanes = None
-            if replace == "residual":
+            if carried:
                 rows, selectors = rows[: tasks * batch], rows[tasks * batch :].view(tasks, -1, width)
         feature = rows[:, 0]
         for module in self._behind:
