@@ -28,7 +28,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastprompt.kernels import compress_kv, decoupled_attention, diffuse_prompts, key_scores
+from fastprompt.kernels import compress_kv, decoupled_attention, diffuse_prompts, key_scores, summarize_tokens
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
 from fastprompt.ops.dispatch import HEAD_SIZES
@@ -78,6 +78,7 @@ class Variant(NamedTuple):
     cache: bool = False
     branches: bool = False
     diffuse: str | None = None
+    summaries: bool = False
 
 
 VARIANTS = {
@@ -91,6 +92,7 @@ VARIANTS = {
     "branches masked": Variant(is_causal=True, mask=torch.float32, groups=2, branches=True),
     "diffuse": Variant(diffuse="relu"),
     "diffuse softmax": Variant(diffuse="softmax"),
+    "summaries": Variant(summaries=True),
 }
 
 
@@ -103,6 +105,8 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
         return _branch_plans(v, dtype, dim)
     if v.diffuse:
         return _diffuse_plans(v.diffuse, dtype, dim)
+    if v.summaries:
+        return _summary_plans(dtype, 4 * dim)
     batch, heads, tokens, prompts = 64, 12, 197, 50
     rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
@@ -185,6 +189,23 @@ def _diffuse_plans(activation: str, dtype: torch.dtype, prompts: int) -> list[La
     partial = diffuse_prompts.allocate_partial(problem)
     plan = diffuse_prompts.plan_backward(problem, grad_out, [dx, dbase, *learned[2:]], partial)
     plan.insert(0, diffuse_prompts.plan_forward(problem, out))
+    return list({launch.kernel.__name__: launch for launch in plan}.values())
+
+
+def _summary_plans(dtype: torch.dtype, width: int) -> list[Launch]:
+    """Every launch of 20 summaries of a ViT's tokens for each of 4 tasks: the width decides what a program holds."""
+    tasks, batch, summaries, tokens = 4, 64, 20, 197
+
+    def tensor(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    selectors, grad_selectors = (tensor(tasks, summaries, width) for _ in range(2))
+    x, grad_x = (tensor(batch, tokens, width, kind=dtype) for _ in range(2))
+    out, grad_out = (tensor(tasks, batch, summaries, width, kind=dtype) for _ in range(2))
+    problem = summarize_tokens.Problem(selectors, x, width**-0.5)
+    lse = tensor(tasks, batch, summaries)
+    plan = summarize_tokens.plan_backward(problem, out, lse, grad_out, grad_selectors, grad_x)
+    plan.insert(0, summarize_tokens.plan_forward(problem, out, lse))
     return list({launch.kernel.__name__: launch for launch in plan}.values())
 
 
@@ -302,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["plain", "cache", "branches", "diffuse"],
+        default=["plain", "cache", "branches", "diffuse", "summaries"],
         choices=VARIANTS,
         help="[%(default)s]",
     )

@@ -31,11 +31,13 @@ _WHERE = {
     "KeyDiff": "cache.policies",
     "LookM": "cache.policies",
     "MaPLe": "recipes.maple",
+    "MultiLane": "recipes.multi_lane",
     "PrefixKV": "recipes.prefix_kv",
     "PromptCache": "hf.cache",
     "Random": "cache.policies",
     "SnapKV": "cache.policies",
     "StreamingLLM": "cache.policies",
+    "TaskPathways": "recipes.task_pathways",
     "UnsupportedModelError": "errors",
     "VPT": "recipes.vpt",
     "ZeroShot": "recipes.zero_shot",
@@ -53,9 +55,9 @@ _WHERE = {
 __all__ = [
     "APT", "DPL", "H2O", "IVLP", "TOVA", "VPT", "AdaKV", "AssetError", "AttachError", "CLIPClassifier",
     "CheckpointError", "CoCoOp", "CoOp", "DataError", "Decoding", "IPAdapter", "ImplUnavailableError", "KeyDiff",
-    "LookM", "MaPLe", "PrefixKV", "PromptCache", "Random", "SnapKV", "StreamingLLM", "UnsupportedModelError",
-    "ZeroShot", "__version__", "attach", "check_finite", "compress", "diffusers", "explain", "load", "nn", "ops",
-    "recipes",
+    "LookM", "MaPLe", "MultiLane", "PrefixKV", "PromptCache", "Random", "SnapKV", "StreamingLLM", "TaskPathways",
+    "UnsupportedModelError", "ZeroShot", "__version__", "attach", "check_finite", "compress", "diffusers", "explain",
+    "load", "nn", "ops", "recipes",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -84,8 +86,10 @@ if TYPE_CHECKING:
     from fastprompt.recipes.ip_adapter import IPAdapter
     from fastprompt.recipes.ivlp import IVLP
     from fastprompt.recipes.maple import MaPLe
+    from fastprompt.recipes.multi_lane import MultiLane
     from fastprompt.recipes.prefix_kv import PrefixKV
     from fastprompt.recipes.registry import load
+    from fastprompt.recipes.task_pathways import TaskPathways
     from fastprompt.recipes.vpt import VPT
     from fastprompt.recipes.zero_shot import ZeroShot
 

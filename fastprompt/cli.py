@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fastprompt
-from fastprompt import cli_compress, cli_count, cli_generate, cli_recipes, cli_tune
+from fastprompt import cli_compress, cli_continual, cli_count, cli_generate, cli_recipes, cli_tune
 from fastprompt.errors import AssetError, AttachError, CheckpointError, DataError, ImplUnavailableError
 
 EXPECTED = (
@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
               "  fastprompt tune --task text --data reviews.csv --out runs/reviews\n"
               "  fastprompt tune --recipe coop --model clip/ --data photos/ --out runs/coop")  # fmt: skip
     cli_tune.add_tune_arguments(sub)
+
+    sub = add("continual", cli_continual.command,
+              "Learn the classes of an image folder task after task, each in a lane of its own (MULTI-LANE).",
+              "fastprompt continual --data photos/ --tasks 5 --out runs/lanes")  # fmt: skip
+    cli_continual.add_arguments(sub)
 
     sub = add("eval", cli_tune.eval_command,
               "Evaluate a tuned run on its held-out examples, or on others of the same classes.",
@@ -158,7 +163,18 @@ def _info(args: argparse.Namespace) -> None:
     from fastprompt.tuning.images import best_autocast
 
     print(f"fastprompt {fastprompt.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    packages = ("torch", "transformers", "triton", "safetensors", "numpy", "pillow", "onnx", "gguf", "accelerate")
+    packages = (
+        "torch",
+        "transformers",
+        "triton",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "onnx",
+        "gguf",
+        "accelerate",
+        "diffusers",
+    )
     for package in (*packages, "matplotlib"):
         try:
             print(f"  {package:<13} {version(package)}")
@@ -179,6 +195,7 @@ def _info(args: argparse.Namespace) -> None:
         (ops.merge_states, (x, row, x, row)),
         (ops.decoupled_attention, (x, [x], [x], [1.0])),
         (ops.diffuse_prompts, (x[0], x[0], x[0, 0], x[0, 0], x[0, 0].T, row[0, 0, 0])),
+        (ops.summarize_tokens, (x[0], x[0])),
         (ops.key_scores, (x, x, row)),
         (ops.compress_kv, (x, x, row, 1)),
     ):

@@ -14,7 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastprompt.errors import ImplUnavailableError
-from fastprompt.ops import compress_kv, decoupled_attention, diffuse_prompts, key_scores, prompt_attention
+from fastprompt.ops import (
+    compress_kv,
+    decoupled_attention,
+    diffuse_prompts,
+    key_scores,
+    prompt_attention,
+    summarize_tokens,
+)
 from fastprompt.ops.dispatch import choose, tuned_file
 
 
@@ -141,7 +148,7 @@ def _forward_backward(inputs: list[Tensor], shape: Shape) -> Callable[[], tuple[
 
 
 def _beside_the_softmax(shape: Shape, device: str) -> None:
-    """Prompts that are a branch of their own under a learned weight, and prompts behind the attention's output."""
+    """Prompts that are a branch of their own under a learned weight, prompts behind attention, and selectors of tokens."""
     query, key, value, *prompt = shape.tensors(device)
     weight = torch.ones(shape.heads, 1, device=device, requires_grad=True)
     shared = [x.unsqueeze(0) for x in prompt]
@@ -155,6 +162,9 @@ def _beside_the_softmax(shape: Shape, device: str) -> None:
     learned = [torch.randn(size, device=device) for size in ((shape.prompts, width), (4, width), (width, 4), ())]
     inputs = [x.requires_grad_() for x in (*rows, *learned)]
     out = diffuse_prompts(*inputs, impl="triton")
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+    inputs = [torch.randn(1, shape.prompts, width, device=device).to(shape.dtype).requires_grad_(), rows[0]]
+    out = summarize_tokens(*inputs, impl="triton")
     torch.autograd.grad(out, inputs, torch.ones_like(out))
 
 

@@ -15,11 +15,13 @@ TINY = {
     "ipadapter": {"steps": 3, "layers": 1, "queries": 24, "text": 5},
     "key_scores": {"tokens": 70, "heads": 4, "heads_kv": 2, "dim": 16},
     "maple_step": {"classes": 5, "depth": 2, "layers": 3, "width": 128, "vocab": 1200, "pixels": 32},
+    "multilane": {"tasks": 2, "batch": 2, "layers": 2, "width": 64, "pixels": 28, "summaries": 3, "length": 2},
     "prefill_compress": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
     "prefill_kvpress": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
     "prefix_step": {"batch": 2, "tokens": 7, "prompts": 5, "layers": 2, "width": 72, "vocab": 31},
     "prompt_attention": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
     "prompt_attention_varlen": {"classes": 5, "heads": 2, "dim": 16, "prompts": 3},
+    "summarize_tokens": {"batch": 2, "tokens": 19, "width": 32, "tasks": 2, "summaries": 3},
     "vpt_step": {"layers": 2, "batch": 2, "prompts": 3},
 }
 

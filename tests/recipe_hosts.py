@@ -164,6 +164,29 @@ def _compress(model: nn.Module, recipe: Any) -> Iterator[Held]:
         yield Held(model, partial(_scores, model))
 
 
+def _pathways(pathways: fastprompt.TaskPathways) -> Held:
+    newest = pathways.newest()
+    return Held(
+        pathways.model, lambda x: pathways(x["pixel_values"]).logits, lambda x: newest(**x).loss,
+        lambda: dict(pathways.named_parameters()), pathways.save,
+    )  # fmt: skip
+
+
+@contextmanager
+def _grow(model: nn.Module, recipe: Any) -> Iterator[Held]:
+    pathways = fastprompt.TaskPathways(model, recipe)
+    pathways.grow(3)
+    yield _pathways(pathways)
+    pathways.detach()
+
+
+@contextmanager
+def _load_pathways(model: nn.Module, folder: Any) -> Iterator[Held]:
+    pathways = fastprompt.TaskPathways.load(model, folder)
+    yield _pathways(pathways)
+    pathways.detach()
+
+
 def _unet(dtype: torch.dtype) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
@@ -215,6 +238,7 @@ HOSTS = {
         clip, partial(images, size=16), _zero_shot, _classify, _load_classifier, exact=False,
     ),
     "compress": Host(llava, pictures, _scores, _compress),
+    "pathways": Host(vit, images, lambda model, x: model(**x).logits, _grow, _load_pathways),
     "diffusers": Host(_unet, _noisy, partial(_noise, image=False), _attach_to_unet, _load_to_unet),
 }  # fmt: skip
 
@@ -228,5 +252,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "IVLP": {"depth": 2},
     "DPL": {"depth": 2},
     "IPAdapter": {"image_width": 16},
+    "MultiLane": {"summaries": 3, "length": 2, "layers": (0, 1)},
     "AdaKV": {"policy": SnapKV(keep=0.5)},
 }

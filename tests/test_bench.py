@@ -20,7 +20,13 @@ from bench.published_clip import activation_bytes
 from bench.run import build, grid, main, measure, names
 from fastprompt.tuning.memory import peak_memory
 
-OPERATIONS = ("cpu_candidates", "decoupled_attention", "prompt_attention", "prompt_attention_varlen")
+OPERATIONS = (
+    "cpu_candidates",
+    "decoupled_attention",
+    "prompt_attention",
+    "prompt_attention_varlen",
+    "summarize_tokens",
+)
 
 #: PEFT asks transformers under a name that goes away.
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -66,6 +72,7 @@ def test_diffuse_prompts_agrees_with_the_released_module(mode):
         ("coop_text", {f"{n}{c}" for n in ("published", "trimmed", "shared", "fastprompt") for c in ("", "/compiled")}),
         ("ipadapter", {"diffusers", "fastprompt/every-step", "fastprompt"}),
         ("maple_step", {"published", "trimmed", "fastprompt"}),
+        ("multilane", {"released", "loop", "fastprompt", "fastprompt/batch"}),
         ("prefix_step", {"peft", "kv_concat", "fastprompt"}),
         ("vpt_step", {"kv_concat", "fastprompt"}),
     ],
@@ -83,6 +90,11 @@ def test_ipadapter_counts_what_is_saved():
     work = {n: p.work.flops for n, p in build("ipadapter", "meta", {"dtype": "float32"}).providers.items()}
     assert work["fastprompt/every-step"] == work["diffusers"]
     assert work["diffusers"] - work["fastprompt"] == 2 * 19 * 2 * (2 * (77 + 4) * 768 * 12480)
+
+
+def test_multilane_trains_the_newest_task():
+    case = build("multilane", "cpu", TINY["multilane"] | {"mode": "step"})
+    assert agreed(case)[0] == {"released", "loop", "fastprompt", "fastprompt/batch"}
 
 
 def test_coop_text_agrees_in_bfloat16_and_in_chunks(monkeypatch):

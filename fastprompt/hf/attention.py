@@ -107,6 +107,9 @@ def attention(
     if layer is not None:
         attention_mask = layer.mask(query, attention_mask)
     child: Any = getattr(module, CHILD, None)
+    lanes = getattr(child, "lanes", None)
+    if lanes is not None:
+        return lanes.attend(query, key, value, scaling), None
     prompt = None if child is None else child.key_value()
     split = getattr(child, "split", None)
     wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)

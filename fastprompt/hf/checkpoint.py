@@ -25,6 +25,7 @@ from fastprompt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fastprompt.hf.attach import Handle
+    from fastprompt.hf.lanes import LaneTower
     from fastprompt.hf.sites import Site
 
 FORMAT = 1
@@ -161,7 +162,7 @@ def _check_entries(file: Path, content: dict[str, Any], tensors: dict[str, Tenso
         raise CheckpointError(f"{file}: got tensors {content['tensors']}, expected {held}, those of {TENSORS}")
 
 
-def describe_base(handle: Handle) -> dict[str, Any]:
+def describe_base(handle: Handle | LaneTower) -> dict[str, Any]:
     """What identifies the base model: the shape of its tower, and a few of its frozen weights a layer."""
     site = handle.sites[0]
     return {
@@ -174,7 +175,7 @@ def describe_base(handle: Handle) -> dict[str, Any]:
     }
 
 
-def _frozen(handle: Handle) -> Iterator[tuple[Site, Tensor]]:
+def _frozen(handle: Handle | LaneTower) -> Iterator[tuple[Site, Tensor]]:
     """The layers that have a frozen weight to know them by."""
     for site in handle.sites:
         weight = site.fingerprint()
@@ -189,7 +190,7 @@ def sample(weight: Tensor) -> list[float]:
     return [float(x) for x in weight[places]]
 
 
-def check_base(content: dict[str, Any], handle: Handle) -> None:
+def check_base(content: dict[str, Any], handle: Handle | LaneTower) -> None:
     """Raise CheckpointError unless the handle's base model is the one the prompts were trained on."""
     compare_base(content["base"], describe_base(handle))
 

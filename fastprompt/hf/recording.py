@@ -51,8 +51,16 @@ class Projections:
 
         Keys are not rotated: prompts have no position, like the class and register tokens of a vision tower.
         """
+        return self.heads(self.norm(rows))
+
+    def norm(self, rows: Tensor) -> Tensor:
+        """Rows at the layer's input as its attention reads them."""
         for module in self.before:
             rows = module(rows)
+        return rows
+
+    def heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[...,Hkv,P,D]`` of rows ``[...,P,C]`` at the attention's input."""
         if self.key.linear is self.value.linear:
             both = self.key.linear(rows)
             return self.key.split(both), self.value.split(both)

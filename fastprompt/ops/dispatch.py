@@ -27,7 +27,7 @@ BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
 #: The operations that have a Triton kernel, and the head sizes those take.
 TRITON_OPS = (
     "compress_kv", "decoupled_attention", "diffuse_prompts", "key_scores", "prompt_attention",
-    "prompt_attention_varlen",
+    "prompt_attention_varlen", "summarize_tokens",
 )  # fmt: skip
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 #: Those of diffusion models beside them: Stable Diffusion 1.5 has heads of 40, 80 and 160.
@@ -35,6 +35,9 @@ MORE_HEAD_SIZES = {"decoupled_attention": (40, 160)}
 
 #: Prompts whose scores a program of `diffuse_prompts` can hold.
 MOST_PROMPTS = 512
+
+#: Columns that a program of `summarize_tokens` can hold.
+MOST_COLUMNS = 1024
 
 #: Looked up once: every call asks, and a search of the path would cost more than a small attention.
 HAS_TRITON = find_spec("triton") is not None
@@ -100,6 +103,9 @@ def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
     if op == "diffuse_prompts":
         count = len(tensors[1])
         return [f"{count} prompts are more than {MOST_PROMPTS}"] if count > MOST_PROMPTS else []
+    if op == "summarize_tokens":
+        width = tensors[0].shape[-1]
+        return [f"width {width} is more than {MOST_COLUMNS}"] if width > MOST_COLUMNS else []
     size, sizes = tensors[0].shape[-1], sorted((*HEAD_SIZES, *MORE_HEAD_SIZES.get(op, ())))
     return [] if size in sizes else [f"head size {size} is not one of {', '.join(map(str, sizes))}"]
 

@@ -259,3 +259,12 @@ def decoupled_attention(
         out, _ = attend(query.to(dtype), key, value, mask, scale)
         total = total + (factor if weight is None else weight.to(dtype).unsqueeze(-1)) * out
     return total.to(query.dtype)
+
+
+def summarize_tokens(selectors: Tensor, x: Tensor, scale: float) -> Tensor:
+    """Softmax pooling of the tokens of every sample, once a selector."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Selectors are defined as rounded to the dtype of x.
+    selectors, tokens = selectors.to(x.dtype).to(dtype), x.to(dtype)
+    scores = scale * torch.einsum("tsc,bnc->tbsn", selectors, tokens)
+    return torch.einsum("tbsn,bnc->tbsc", scores.softmax(-1), tokens).to(x.dtype).contiguous()

@@ -9,7 +9,20 @@ from typing import Any
 import torch
 
 from fastprompt.errors import CheckpointError
-from fastprompt.recipes import apt, cocoop, compression, coop, dpl, ip_adapter, ivlp, maple, prefix_kv, vpt, zero_shot
+from fastprompt.recipes import (
+    apt,
+    cocoop,
+    compression,
+    coop,
+    dpl,
+    ip_adapter,
+    ivlp,
+    maple,
+    multi_lane,
+    prefix_kv,
+    vpt,
+    zero_shot,
+)
 from fastprompt.recipes.card import Card
 
 #: Every recipe and its card.
@@ -23,6 +36,7 @@ CARDS: dict[type, Card] = {
     ivlp.IVLP: ivlp.CARD,
     dpl.DPL: dpl.CARD,
     zero_shot.ZeroShot: zero_shot.CARD,
+    multi_lane.MultiLane: multi_lane.CARD,
     ip_adapter.IPAdapter: ip_adapter.CARD,
     **compression.CARDS,
 }
@@ -35,6 +49,9 @@ CLIP_RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if ca
 
 #: Every recipe of a diffusers UNet.
 UNET_RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.use == "diffusers"}
+
+#: Every recipe of `TaskPathways`.
+PATHWAY_RECIPES: dict[str, Any] = {r.__name__: r for r, card in CARDS.items() if card.use == "pathways"}
 
 
 def load(model: Any, directory: str | Path) -> Any:
@@ -75,6 +92,11 @@ def load(model: Any, directory: str | Path) -> Any:
         )
     if content["method"] in UNET_RECIPES:
         return diffusers.restore(model, UNET_RECIPES[content["method"]], content, tensors)
+    if content["method"] in PATHWAY_RECIPES:
+        raise CheckpointError(
+            f"method: got {content['method']!r}, expected prompts of a handle; load pathways with "
+            "fastprompt.TaskPathways.load(model, directory)"
+        )
     if recipe is None:
         raise CheckpointError(
             f"method: got {content['method']!r}, expected one of {', '.join([*RECIPES, *UNET_RECIPES])}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,21 @@ from .prompt_attention_backward import reduce_kernel
 
 #: Prompts of a tile in the sums over tokens.
 PROMPT_TILE = 64
+
+
+class HasTokens(Protocol):
+    """A call over tokens ``x [B,N,C]``."""
+
+    @property
+    def x(self) -> Tensor:
+        """The tokens."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all samples."""
+
+    def config(self, kernel: str) -> Config:
+        """The configuration of one kernel."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +141,12 @@ def plan_backward(p: Problem, grad_out: Tensor, grads: list[Tensor | None], part
     plan = [Launch(diffuse_rows_kernel, tiles(p.rows, config.rows), arguments, p.constants(config), config)]
     for left, right, weights, grad in ((kept[1], p.x, None, dkeys), (kept[0], grad_out, weight, dprompts)):
         if left is not None and grad is not None and grad.numel():
-            plan += _plan_prompt(p, left, right, weights, grad)
+            plan += plan_columns(p, left, right, weights, grad)
     return plan
 
 
-def _plan_prompt(p: Problem, left: Tensor, right: Tensor, weight: Tensor | None, grad: Tensor) -> list[Launch]:
-    """``grad = left^T (weight * right)``: shares of splits, and their sum."""
+def plan_columns(p: HasTokens, left: Tensor, right: Tensor, weight: Tensor | None, grad: Tensor) -> list[Launch]:
+    """``grad = left^T (weight * right)`` over all tokens: shares of splits, and their sum."""
     config = p.config("diffuse_prompt")
     count, width = grad.shape
     block = min(config.rows if INTERPRET else PROMPT_TILE, padded(count))

@@ -9,7 +9,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 #: Arguments whose value should not make Triton compile a kernel again.
 SIZES = ("heads", "heads_kv", "tiles", "tq", "tk", "prompts", "splits", "bank", "rows_total", "size",
-         "query_start", "length", "count", "kept_count", "tokens")  # fmt: skip
+         "query_start", "length", "count", "kept_count", "tokens", "summaries",
+         "row_tiles", "column_tiles")  # fmt: skip
 
 
 @triton.jit
