@@ -148,7 +148,7 @@ def _forward_backward(inputs: list[Tensor], shape: Shape) -> Callable[[], tuple[
 
 
 def _beside_the_softmax(shape: Shape, device: str) -> None:
-    """Prompts that are a branch of their own under a learned weight, prompts behind attention, and selectors of tokens."""
+    """Prompts in a branch of their own under a learned weight, prompts behind attention, and selectors of tokens."""
     query, key, value, *prompt = shape.tensors(device)
     weight = torch.ones(shape.heads, 1, device=device, requires_grad=True)
     shared = [x.unsqueeze(0) for x in prompt]

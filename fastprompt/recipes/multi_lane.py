@@ -86,7 +86,7 @@ CARD = Card(
     repo="tdemin16/multi-lane",
     deviations=(
         "No identity setting: a class token that attends to summaries is another feature, whatever a lane holds.",
-        "Rows of summaries, which are dropped, do not run: the same numbers without their queries, projections and MLP.",
+        "Rows of summaries, which are dropped, do not run: the same numbers without their queries and their MLP.",
         "Prompts start with a standard deviation of (length * width) ** -0.5: the released orthogonal_ runs over all "
         "tasks at once, (tasks * length * width) ** -0.5, and not over unit vectors a prompt.",
         "The loop trains one label an image, with cross entropy over the current task's classes; multi-label data, "
