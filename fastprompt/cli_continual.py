@@ -37,7 +37,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
                      help="what selects next: as released, as in the paper, or nothing [%(default)s]")  # fmt: skip
     sub.add_argument("--epochs", type=int, default=10, help="of every task [%(default)s]")
     sub.add_argument("--batch-size", type=int, default=16, help="[%(default)s]")
-    sub.add_argument("--lr", type=float, default=0.01, help="[%(default)s]")
+    sub.add_argument("--lr", type=float, default=0.03, help="[%(default)s]")
     sub.add_argument("--autocast", choices=("auto", "bfloat16", "off"), default="auto")
     sub.add_argument("--save-every", type=int, default=20, help="steps between checkpoints [%(default)s]")
     sub.add_argument("--seed", type=int, default=0)

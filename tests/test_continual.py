@@ -11,8 +11,10 @@ from transformers import ViTConfig, ViTModel
 
 from fastprompt import MultiLane, TaskPathways
 from fastprompt.cli import main
+from fastprompt.data import load_openmoji
 from fastprompt.errors import CheckpointError, DataError
 from fastprompt.tuning import ContinualResult, TuneConfig, continual, split_classes
+from fastprompt.tuning.class_tasks import ClassTasks
 
 CONFIG = TuneConfig(epochs=4, batch_size=8, lr=0.03, weight_decay=0.0)
 CLASSES = ("rising", "falling", "standing", "lying")
@@ -206,3 +208,16 @@ def test_errors_of_the_command(photos, tmp_path, capsys, extra, message):
         (tmp_path / "run" / "log.jsonl").write_text("")
     assert main(arguments(photos, tmp_path, *(x.format(out=tmp_path / "other") for x in extra))) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.assets
+def test_openmoji_comes_in_tasks_of_subcategories():
+    images = ClassTasks(data="openmoji", tasks=4, shots=2, image_size=32)
+    split = images.split(pathways().model, progress=False)
+    names = [name for task in split for name in task.classes]
+    assert sorted(names) == sorted(load_openmoji().classes) and len(set(names)) == len(names)
+    for task in split:
+        assert [int(task.train[i]["labels"]) for i in range(len(task.train))].count(0) == 2
+        assert task.test[0]["pixel_values"].shape == (3, 32, 32)
+    again = replace(images, seed=1).split(pathways().model, progress=False)
+    assert [task.classes for task in again] != [task.classes for task in split]
