@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases whose linear layers are packed: visual prompts go through them where they can, a prefix needs none of them."""
 
+import copy
 import warnings
 
 import pytest
@@ -155,3 +156,16 @@ def test_torchs_dynamic_quantisation():
         assert (logits(model, batch) - plain).abs().max() > 0.1
         tokens = [model.generate(**batch, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False)]
         assert tokens[0].shape == tokens[1].shape == (3, 11)
+
+
+@pytest.mark.parametrize("kind", [Packed, BatchesOnly, Tiles])
+def test_apt_reads_behind_packed_layers(kind):
+    """It runs no projection of the base itself, so it does not matter what they can be called on."""
+    model, batch = packed(build("Llama", torch.float64), kind), sentences()
+    plain = unpacked(copy.deepcopy(model))
+    found = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        handle = fastprompt.attach(each, fastprompt.APT(length=3, rank=2))
+        found.append(step(each, handle.parameters(), batch))
+    assert_close(found[0], found[1])

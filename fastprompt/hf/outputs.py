@@ -84,11 +84,11 @@ def _projections(module: nn.Module) -> list[nn.Module]:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """A layer with a matrix, which is perhaps no tensor where it is packed."""
+    """A layer with a matrix; where that is packed, it is perhaps no tensor, or none called ``weight``."""
     weight = getattr(module, "weight", None)
-    return weight is not None and not isinstance(module, nn.Embedding) and not (
-        isinstance(weight, Tensor) and weight.dim() < 2
-    )  # fmt: skip
+    if (isinstance(weight, Tensor) and weight.dim() < 2) or isinstance(module, nn.Embedding):
+        return False
+    return weight is not None or hasattr(module, "out_features")
 
 
 class _Place:
