@@ -2,7 +2,8 @@
 """`diffuse_prompts` on CPU: matrix products over tiles of tokens; scale, sum and base are part of the last of them.
 
 What is as large as x is touched by matrix products alone: the weight and ``exp(log_scale)`` go to the activations,
-which are P wide, and base enters through the product that reads the prompts.
+which are P wide, and base enters through the product that reads the prompts. Sums over tokens are products of half
+precision too, and of what their rounding took: float32 products of widened copies would take most of the backward.
 """
 
 from __future__ import annotations
