@@ -64,7 +64,7 @@ TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("diffuse_prompt", 4): {512: Config(32, 32, 8, 1)},
     # Of `summarize_tokens`: the forward by the width, all of which a program holds; keys are tokens.
     ("summarize", 2): {256: Config(32, 32, 4, 2), 512: Config(32, 32, 8, 2), 1024: Config(16, 32, 8, 2)},
-    ("summarize_slopes", 2): {0: Config(64, 64, 4, 3)},
+    ("summarize_slopes", 2): {0: Config(64, 64, 8, 3)},
     ("summarize_tokens", 2): {0: Config(32, 64, 4, 3)},
     ("summarize", 4): {256: Config(16, 16, 4, 1), 1024: Config(16, 16, 8, 1)},
     ("summarize_slopes", 4): {0: Config(32, 32, 4, 2)},
