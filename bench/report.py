@@ -17,8 +17,11 @@ from bench.run import names
 from bench.tables import ceilings_text, detail, pivot
 from fastprompt.cli_compress import read as read_runs
 from fastprompt.cli_compress import table as compressed_table
+from fastprompt.cli_continual import table as continual_table
+from fastprompt.cli_count import table as counted
 from fastprompt.cli_recipes import markdown
 from fastprompt.demo import table
+from fastprompt.tuning.continual import ContinualResult
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +53,74 @@ def vpt_step_block() -> str:
     }
     p, lines = step_table("vpt_step", names)
     return f"{p['prompts']} prompts in each of {p['layers']} layers:\n\n{lines}"
+
+
+def apt_step_block() -> str:
+    """The step of prompts that are read behind attention."""
+    names = {
+        "eager": "APT as released, eager",
+        "fastprompt": "**APT, fastprompt**",
+        "vpt/published": "as many deep visual prompts, as published",
+        "vpt/fastprompt": "deep visual prompts, fastprompt",
+        "floor": "floor: no prompts",
+    }
+    parts = []
+    for model in ("DINOv2-S", "ViT-B"):
+        p, lines = step_table("apt_step", names, model=model)
+        parts.append(f"{model}, batch {p['batch']}, {p['prompts']} prompts in each of {p['layers']} layers:\n\n{lines}")
+    return "\n\n".join(parts)
+
+
+def branches_block() -> str:
+    """Attention over text and image tokens apart, once and over a generation."""
+    head = ("cross-attention", "published", "**fastprompt**", "ratio", "peak memory")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for case, title in (
+        ("decoupled_attention", lambda p: f"{p['shape']}, {p['dtype']}, {p['mode']}"),
+        ("ipadapter", lambda p: f"{p['shape']}, {p['dtype']}, {p['steps']} denoising steps, all layers"),
+    ):
+        for group in by_params(_cpu(case)):
+            rows = {r["provider"]: r for r in group}
+            ours, theirs = rows["fastprompt"], rows[rows["fastprompt"]["baseline"]]
+            seconds = [
+                f"{1e3 * r['p50_s']:,.1f} ms" if r["p50_s"] < 1 else f"{r['p50_s']:.1f} s" for r in (theirs, ours)
+            ]
+            peaks = " against ".join(f"{r['peak_bytes'] / 2**20:,.0f}" for r in (ours, theirs))
+            lines.append(
+                f"| {title(ours['params'])} | {' | '.join(seconds)} | {ours['ratio_p50']:.2f}x | {peaks} MiB |"
+            )
+    return "\n".join(lines)
+
+
+def lanes_block() -> str:
+    """Logits of all tasks at once, and one after the other."""
+    names = ("released", "loop", "fastprompt", "fastprompt/batch", "stream")
+    lines = ["| tasks | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for group in by_params(_cpu("multilane")):
+        rows = {r["provider"]: r for r in group}
+        cells = [f"{rows[n]['p50_s']:.2f} s" for n in names]
+        lines.append(f"| {group[0]['params']['tasks']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def continual_block() -> str:
+    """Accuracy of classes learned task after task."""
+    file = RESULTS / "continual-openmoji.json"
+    if not file.exists():
+        return "*Not measured.*"
+    found = json.loads(file.read_text())
+    result = ContinualResult(found["accuracy"], found["seen"])
+    task, config = found["task"], found["config"]
+    return (
+        f"`fastprompt continual --tasks {task['tasks']} --seed {task['seed']}`: DINOv2-S, {task['shots']} OpenMoji "
+        f"drawings a class, {config['epochs']} epochs a task, {found['trainable']:,} parameters learned for the last; "
+        f"accuracy in % on every task's test drawings:\n\n```\n{continual_table(result)}\n```"
+    )
+
+
+def count_block() -> str:
+    """What deep prompts and APT add to ViLT, counted."""
+    return "```\n" + counted(json.loads((RESULTS / "count-vilt.json").read_text())) + "\n```"
 
 
 def prefix_step_block() -> str:
@@ -207,7 +278,8 @@ def written() -> dict[Path, str]:
     """The two files with their tables as the results are now."""
     found = {}
     steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block, "clip_prompts": clip_prompts_block}
-    steps |= {"cache": cache_block, "recipes": markdown}
+    steps |= {"cache": cache_block, "recipes": markdown, "count": count_block, "apt_step": apt_step_block}
+    steps |= {"branches": branches_block, "lanes": lanes_block, "continual": continual_block}
     for name, model in (("compress_text", "smollm2-135m"), ("compress_pictures", "tiny-llava")):
         steps[name] = partial(compress_block, model)
     for file, blocks in (

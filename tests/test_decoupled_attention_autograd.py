@@ -132,7 +132,24 @@ def test_opcheck(case, dtype):
         [1.0 if mark else w for w, mark in zip(inputs.weights, marks, strict=True)],
         causal if isinstance(causal, list) else [causal] * len(marks), 0.25,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.fastprompt.decoupled_attention.default, (*arguments, "cpu"))
+    op = torch.ops.fastprompt.decoupled_attention.default
+    torch.library.opcheck(op, (*arguments, True, "cpu"))
+    with torch.no_grad():
+        query, *lists = (x.detach() if isinstance(x, torch.Tensor) else [y.detach() for y in x] for x in arguments[:5])
+        torch.library.opcheck(op, (query, *lists, *arguments[5:], False, "cpu"))
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_gradient_nothing_is_kept_and_the_output_is_the_same(case, dtype):
+    shape, kwargs = CASES[case]
+    tensors, attend = split(make(dtype, **shape))
+    before = [x.clone() for x in tensors]
+    found = attend(*tensors, **kwargs)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+    tracked = attend(*(x.clone().requires_grad_() for x in tensors), **kwargs)
+    assert tracked.requires_grad and not found.requires_grad
+    assert torch.equal(found, tracked)
 
 
 @each_case

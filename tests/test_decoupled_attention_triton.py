@@ -131,7 +131,7 @@ def test_custom_op_contract_and_compile(case):
 
 def test_opcheck():
     inputs = leaves(make(torch.float32, tq=3, weights=[(4, 1), (2, 4, 3)])).map(lambda x: to_device(x, TRITON_DEVICE))
-    arguments = (*inputs, [], [True, True], [False, False], [1.0, 1.0], [True, False], 0.25, "triton")
+    arguments = (*inputs, [], [True, True], [False, False], [1.0, 1.0], [True, False], 0.25, True, "triton")
     torch.library.opcheck(torch.ops.fastprompt.decoupled_attention.default, arguments)
 
 

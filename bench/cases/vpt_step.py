@@ -58,7 +58,7 @@ class Frozen:
             for p in trained:
                 p.grad = None
             with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
-                out = model(pixel_values=self._pixels, labels=self._labels)
+                out = model(pixel_values=self._pixels.to(model.dtype), labels=self._labels)
             out.loss.backward()
             return [out.logits.detach(), *(p.grad for p in trained)]
 

@@ -28,7 +28,7 @@ _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] weights, Tensor[] attn_masks, bool[] weighted, "
     "bool[] masked, float[] factors, bool[] is_causal, float scale"
 )
-LIBRARY.define(f"decoupled_attention({_INPUTS}, str impl) -> (Tensor out, Tensor[] states)")
+LIBRARY.define(f"decoupled_attention({_INPUTS}, bool keep, str impl) -> (Tensor out, Tensor[] states)")
 LIBRARY.define(
     f"decoupled_attention_backward(Tensor grad_out, {_INPUTS}, Tensor[] states, bool[] needs, str impl) -> Tensor[]"
 )
@@ -92,8 +92,9 @@ def decoupled_attention(
     query, keys, values, learned, factors, masks, causal, scale = args
     there = [[x for x in part if x is not None] for part in (learned, masks)]
     marks = [[x is not None for x in part] for part in (learned, masks)]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *keys, *values, *there[0]))
     return torch.ops.fastprompt.decoupled_attention(
-        query, keys, values, *there, *marks, factors, causal, scale, chosen
+        query, keys, values, *there, *marks, factors, causal, scale, keep, chosen
     )[0]
 
 
@@ -201,10 +202,10 @@ def _by_branch(weights, attn_masks, weighted, masked):
     return [[next(there) if has else None for has in marks] for there, marks in parts]
 
 
-def _forward(query, keys, values, weights, attn_masks, weighted, masked, factors, is_causal, scale, impl):
+def _forward(query, keys, values, weights, attn_masks, weighted, masked, factors, is_causal, scale, keep, impl):
     weights, attn_masks = _by_branch(weights, attn_masks, weighted, masked)
     run = backend("decoupled_attention", impl).forward
-    return run(query, keys, values, weights, factors, attn_masks, is_causal, scale)
+    return run(query, keys, values, weights, factors, attn_masks, is_causal, scale, keep)
 
 
 def _backward(
@@ -229,7 +230,9 @@ def _fake(query, keys, *rest):
     dtype = torch.promote_types(query.dtype, torch.float32)
     if rest[-1] == "triton":
         return out(), [query.new_empty(len(keys), batch, heads, tq, dtype=dtype)]
-    # On a CPU every branch leaves its log-sum-exp and its output.
+    # On a CPU every branch leaves its log-sum-exp and its output, if there is a backward.
+    if not rest[-2]:
+        return out(), []
     return out(), [query.new_empty(batch, heads, tq, dtype=dtype) for _ in keys] + [out() for _ in keys]
 
 
@@ -256,7 +259,7 @@ def _autograd(ctx, grad_out, grad_states):
     if any(needs) and grad_out is not None:
         query, *saved = ctx.saved_tensors
         *lists, states = _parts(saved, ctx.sizes)
-        *options, impl = ctx.options
+        *options, _, impl = ctx.options
         given = iter(
             torch.ops.fastprompt.decoupled_attention_backward(grad_out, query, *lists, *options, states, needs, impl)
         )

@@ -95,8 +95,12 @@ def forward(
     attn_masks: list[Tensor | None],
     is_causal: list[bool],
     scale: float,
+    keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output ``[B,Hq,Tq,D]`` (memory order B,T,H,D), and ``[N,B,Hq,Tq]`` float32, the lse of every computed branch."""
+    """Output ``[B,Hq,Tq,D]`` (memory order B,T,H,D), and ``[N,B,Hq,Tq]`` float32, the lse of every computed branch.
+
+    It is so small that it is written whether or not to ``keep`` it.
+    """
     batch, heads, tq, dim = query.shape
     problem, _ = _problem(query, keys, values, weights, factors, attn_masks, is_causal, scale)
     out = query.new_empty(batch, tq, heads, dim).transpose(1, 2)

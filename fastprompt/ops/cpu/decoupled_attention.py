@@ -23,10 +23,14 @@ def forward(
     attn_masks: list[Tensor | None],
     is_causal: list[bool],
     scale: float,
+    keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output ``[B,Hq,Tq,D]`` (memory order B,T,H,D); the lse ``[B,Hq,Tq]`` of every branch, then their outputs."""
+    """Output ``[B,Hq,Tq,D]`` (memory order B,T,H,D); to ``keep`` for the backward, the lse ``[B,Hq,Tq]`` of every
+    branch, then their outputs.
+    """
     outs: list[Tensor] = []
     lses: list[Tensor] = []
+    total: Tensor | None = None
     for j, (key, value, weight) in enumerate(zip(keys, values, weights, strict=True)):
         if weight is None and not factors[j]:
             key, value = key[:, :, :0], value[:, :, :0]
@@ -34,16 +38,25 @@ def forward(
         key, value = (x.expand(len(query), -1, -1, -1) for x in (key, value))
         none = query.new_empty(1, key.shape[1], 0, query.shape[3])
         out, lse = prompt_attention.forward(query, key, value, none, none, None, mask, is_causal[j], scale)
-        outs.append(out)
-        lses.append(lse)
-    first = len(outs) > 1 and weights[0] is None and factors[0] == 1
-    total = outs[0] if first else _weighted(outs[0], weights[0], factors[0])
-    for out, weight, factor in zip(outs[1:], weights[1:], factors[1:], strict=True):
-        if weight is None:
-            total = torch.add(total, out, alpha=factor)
-        else:
-            total = total + _weighted(out, weight, factor)
-    return total, [*lses, *outs]
+        if keep:
+            outs.append(out)
+            lses.append(lse)
+        total = _add(total, out, weight, factors[j], fresh=not keep)
+    if total is None:
+        raise RuntimeError("keys: no branch")
+    # Nothing that is kept is what is returned.
+    return (total.clone() if keep and total is outs[0] else total), [*lses, *outs]
+
+
+def _add(total: Tensor | None, out: Tensor, weight: Tensor | None, factor: float, fresh: bool) -> Tensor:
+    """``total + w out``; where nobody keeps ``out``, in memory that is there."""
+    if total is None:
+        if weight is None and factor == 1:
+            return out
+        return out.mul_(factor) if fresh and weight is None else _weighted(out, weight, factor)
+    if weight is not None:
+        out, factor = _weighted(out, weight, factor), 1.0
+    return total.add_(out, alpha=factor) if fresh else torch.add(total, out, alpha=factor)
 
 
 def _weighted(x: Tensor, weight: Tensor | None, factor: float) -> Tensor:
@@ -83,13 +96,23 @@ def backward(
             dks += [torch.zeros_like(key)] if wanted[1] else []
             dvs += [torch.zeros_like(value)] if wanted[2] else []
             continue
-        grad = grad_out if weight is None and factors[j] == 1 else _weighted(grad_out, weight, factors[j])
+        # A number may as well scale what is found, which saves a pass; half precision would be rounded once more.
+        late = weight is None and query.dtype == wide
+        grad = grad_out if late or (weight is None and factors[j] == 1) else _weighted(grad_out, weight, factors[j])
+        factor = factors[j] if late else 1.0
         found = iter(_branch(grad, query, key, value, attn_masks[j], out, lse, is_causal[j], scale, wanted))
         if needs[0]:
             part = next(found)
-            dq = torch.empty_like(query).copy_(part) if dq is None else dq.add_(part)
-        dks += [next(found)] if wanted[1] else []
-        dvs += [next(found)] if wanted[2] else []
+            if dq is not None:
+                dq.add_(part, alpha=factor)
+            elif part.stride() == query.stride():
+                dq = part if factor == 1 else part.mul_(factor)
+            else:
+                dq = torch.mul(part, factor, out=torch.empty_like(query))
+        for grads, wants in zip((dks, dvs), wanted[1:], strict=True):
+            if wants:
+                x = next(found)
+                grads.append(x if factor == 1 else x.mul_(factor))
     if needs[0] and dq is None:
         dq = torch.zeros_like(query)
     return [*([] if dq is None else [dq]), *dks, *dvs, *dws]
