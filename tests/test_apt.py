@@ -214,6 +214,8 @@ def test_attention_dropout_is_no_hindrance():
         ({"length": 5, "activation": "gelu"}, "activation: got 'gelu', expected one of 'relu', 'softmax'"),
         ({"length": 5, "weight": "max"}, "weight: got 'max', expected one of 'rowmax', 'none'"),
         ({"length": 5, "layers": (4,)}, "layers: got [4], expected distinct numbers"),
+        ({"length": 5, "scale_trainable": "no"}, "scale_trainable: got 'no', expected True or False"),
+        ({"length": 5, "zero_init": 3}, "zero_init: got 3, expected True or False"),
     ],
 )
 def test_errors(options, message):

@@ -211,6 +211,15 @@ def test_half_precision(dtype):
     assert (got - want).abs().max() < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lanes_cast_to_half(dtype):
+    pathways = make()
+    want = pathways(images(pathways)).logits
+    out = pathways.to(dtype)(images(pathways).to(dtype), torch.tensor([0, 1, 2]))
+    out.loss.backward()
+    torch.testing.assert_close(out.logits.float(), want, rtol=0.1, atol=0.1)
+
+
 def test_autocast():
     pathways = make()
     want = pathways(images(pathways)).logits
@@ -354,3 +363,32 @@ def test_a_lane_held_for_training_stays_the_lane_of_its_task():
     add(pathways, 3)
     assert torch.equal(first(pixels).logits, want)
     assert pathways.newest()(pixels).logits.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 5, 1], "labels: got 5, expected class numbers from 0 to 4"),
+        ([0, -1, 1], "labels: got -1, expected class numbers from 0 to 4"),
+        ([0, 1], r"labels: got torch.int64 \[2\], expected int64 \[3\]"),
+        ([0.0, 1.0, 0.0], r"labels: got torch.float32 \[3\], expected int64 \[3\]"),
+    ],
+)
+def test_wrong_labels(labels, message):
+    pathways = make()
+    with pytest.raises(ValueError, match=message):
+        pathways(images(pathways), torch.tensor(labels))
+
+
+def test_labels_of_one_task_count_from_its_first():
+    pathways = make()
+    for task, classes in ((0, 2), (1, 3), (-1, 3), (-2, 2)):
+        pathways(images(pathways), torch.full((3,), classes - 1), task=task)
+        with pytest.raises(ValueError, match=f"labels: got {classes}, expected class numbers from 0 to {classes - 1}"):
+            pathways(images(pathways), torch.full((3,), classes), task=task)
+
+
+@pytest.mark.parametrize("classes", [True, 0, 2.5, None, [], [""], ["a", "a"], [1], "cat"])
+def test_classes_that_a_task_cannot_have(classes):
+    with pytest.raises(ValueError, match="classes: got"):
+        make().grow(classes)

@@ -29,6 +29,19 @@ class Scored(ModelOutput):
     logits: Tensor | None = None
 
 
+def check_labels(labels: Tensor, batch: int, classes: int) -> None:
+    """Raise ValueError unless ``labels`` are int64 ``[B]`` with values in ``[0, classes)``."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (batch,):
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels: got {got}, expected int64 [{batch}], one class number an image")
+    if torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise ValueError(f"labels: got {wrong}, expected class numbers from 0 to {classes - 1}")
+
+
 def check_clip(clip: Any) -> None:
     """Raise TypeError unless ``clip`` has both towers."""
     needed = ("get_image_features", "get_text_features", "logit_scale")

@@ -16,7 +16,15 @@ from fastprompt.hf import clip_checkpoint
 from fastprompt.hf.attach import Handle, attach
 from fastprompt.hf.class_encoder import ClassEncoder, recomputed
 from fastprompt.hf.class_texts import check_classnames
-from fastprompt.hf.clip_vision import ImageCache, Scored, VisionPrompts, check_clip, image_features, prompted_layers
+from fastprompt.hf.clip_vision import (
+    ImageCache,
+    Scored,
+    VisionPrompts,
+    check_clip,
+    check_labels,
+    image_features,
+    prompted_layers,
+)
 from fastprompt.hf.holds import Freeze
 from fastprompt.hf.packing import Packing
 from fastprompt.hf.sites import choose_tower
@@ -187,7 +195,7 @@ class CLIPClassifier(nn.Module):
             got = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise ValueError(f"pixel_values: got {got}, expected a tensor [B,3,H,W] of at least one image")
         if labels is not None:
-            self._check_labels(labels, len(pixel_values))
+            check_labels(labels, len(pixel_values), len(self.classnames))
         elif not return_logits:
             raise ValueError("return_logits: got False without labels, expected labels: nothing would be returned")
         image = self.image_features(pixel_values)
@@ -229,17 +237,6 @@ class CLIPClassifier(nn.Module):
         sums, found, kept = zip(*parts, strict=True)
         loss = None if labels is None else (torch.stack(sums).logsumexp(0) - torch.stack(found).sum(0)).mean()
         return Scored(loss, torch.cat(kept, dim=1) if return_logits else None)
-
-    def _check_labels(self, labels: Tensor, batch: int) -> None:
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (batch,):
-            got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(f"labels: got {got}, expected int64 [{batch}], one class number an image")
-        if torch.compiler.is_compiling():
-            return
-        low, high = (int(x) for x in labels.aminmax())
-        if low < 0 or high >= len(self.classnames):
-            wrong = low if low < 0 else high
-            raise ValueError(f"labels: got {wrong}, expected class numbers from 0 to {len(self.classnames) - 1}")
 
     def zero_shot_weights(self, templates: str | Sequence[str] | None = None) -> Tensor:
         """Unit class weights ``[C,D]`` of hand-written templates, without prompts: the zero-shot classifier.

@@ -84,7 +84,8 @@ CARD = Card(
     trains=("projection.*", "layers.*.to_k_ip.*", "layers.*.to_v_ip.*"),
     identity={"scale": 0.0},
     deviations=(
-        "The base variant trains; Plus (a resampler of patch features) loads from files and runs, FaceID does not.",
+        "The base variant trains; Plus (a resampler of patch features) loads from files and runs.",
+        "FaceID files take diffusers' own loader first, which needs peft for them; no test has one.",
         "Dropping the image, the text or both (0.05 each in the paper) is left to the training loop.",
     ),
     needs=("diffusers",),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from fastprompt.errors import AttachError, CheckpointError
 from fastprompt.hf import checkpoint
-from fastprompt.hf.clip_vision import Scored
+from fastprompt.hf.clip_vision import Scored, check_labels
 from fastprompt.hf.lanes import LaneTower
 from fastprompt.nn.lanes import Lane
 from fastprompt.recipes.layers import is_count
@@ -106,11 +106,11 @@ class TaskPathways(nn.Module):
             ValueError: no class, or a name that an earlier task has.
         """
         known = self.classnames
-        if isinstance(classes, int):
-            classes = [f"class {len(known) + i}" for i in range(classes)]
-        names = () if isinstance(classes, str) else tuple(classes)
-        twice = sorted({n for n in names if n in known or names.count(n) > 1})
-        if not names or twice or any(not isinstance(n, str) for n in names):
+        if is_count(classes):
+            classes = [f"class {len(known) + i}" for i in range(cast(int, classes))]
+        names = tuple(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else ()
+        twice = sorted({n for n in names if isinstance(n, str) and (n in known or names.count(n) > 1)})
+        if not names or twice or any(not isinstance(n, str) or not n for n in names):
             what = f", of which {', '.join(twice)} exist" if twice else ""
             raise ValueError(
                 f"classes: got {classes!r}{what}, expected new names, at least one, or a number of classes"
@@ -173,8 +173,11 @@ class TaskPathways(nn.Module):
             raise ValueError(f"pixel_values: got {got}, expected a tensor [B,3,H,W] of at least one image")
         features = self.features(pixel_values, task=task)
         lanes = range(len(self.tasks)) if task is None else [task]
+        if labels is not None:
+            check_labels(labels, len(pixel_values), sum(len(self.tasks[t]) for t in lanes))
+        heads = [self._lane(t).head for t in lanes]
         # Heads differ in size, and one product over all of them would change its shape with every task.
-        logits = torch.cat([self._lane(t).head(x) for t, x in zip(lanes, features, strict=True)], dim=-1)
+        logits = torch.cat([head(x.to(head.weight.dtype)) for head, x in zip(heads, features, strict=True)], dim=-1)
         return Scored(loss=None if labels is None else cross_entropy(logits.float(), labels), logits=logits)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> TaskPathways:
