@@ -47,6 +47,9 @@ results: $(VENV)/.dev
 	$(BIN)/python -m bench.tune_text --out runs/text --json bench/results/tune-text.jsonl --png bench/results/tune-text.png
 	$(BIN)/python -m bench.tune_openmoji --json runs/tune-openmoji.jsonl --png bench/results/tune-openmoji.png
 	cp runs/tune-openmoji.jsonl bench/results/tune-openmoji.jsonl
+	$(BIN)/fastprompt continual --tasks 5 --seed 1 --out runs/lanes
+	cp runs/lanes/continual.json bench/results/continual-openmoji.json
+	$(BIN)/fastprompt count vilt --recipe vpt apt --length 200 --batch 256 --json bench/results/count-vilt.json
 	rm -f bench/results/*-$(DEVICE).jsonl
 	$(MAKE) bench
 
@@ -72,7 +75,12 @@ bench: $(VENV)/.dev
 	$(call BENCH,prompt_attention_varlen) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
 	$(call BENCH,diffuse_prompts) --rounds $(ROUNDS) --set prompts=100,200 $(DTYPES) $(MODES)
 	$(call BENCH,decoupled_attention) --rounds $(ROUNDS) --set shape=sd15,sdxl $(DTYPES) $(MODES)
-	$(call BENCH,ipadapter) --rounds 3 --set $(DTYPES)
+	$(call BENCH,ipadapter) --rounds 3
+	$(call BENCH,summarize_tokens) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
+	$(call BENCH,multilane) --rounds 5 --set tasks=1,4,10
+	$(call BENCH,key_scores) --rounds 5 --set tokens=1024,4096,8192,16384
+	$(call BENCH,prefill_compress) --rounds 5
+	$(call BENCH,decode) --rounds 5
 ifeq ($(DEVICE),cpu)
 	$(call BENCH,cpu_candidates) --rounds $(ROUNDS) --set prompts=10,100 $(DTYPES)
 endif

@@ -65,7 +65,7 @@ def apt_step_block() -> str:
         "floor": "floor: no prompts",
     }
     parts = []
-    for model in ("DINOv2-S", "ViT-B"):
+    for model in dict.fromkeys(r["params"]["model"] for r in _cpu("apt_step")):
         p, lines = step_table("apt_step", names, model=model)
         parts.append(f"{model}, batch {p['batch']}, {p['prompts']} prompts in each of {p['layers']} layers:\n\n{lines}")
     return "\n\n".join(parts)

@@ -331,7 +331,7 @@ def test_errors(call, error, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.grow(0), "classes: got []"),
+        (lambda p: p.grow(0), "classes: got 0"),
         (lambda p: p.grow("cat"), "classes: got 'cat'"),
         (lambda p: p.grow(["a", "a"]), "of which a exist"),
         (lambda p: p.grow(["class 1"]), "of which class 1 exist"),

@@ -128,7 +128,7 @@ class LaneAttention(nn.Module):
     Attributes:
         reads: Whether what runs is the frozen stream; else the model runs by itself, or lanes do.
         lanes: What happens to the rows of the current call; None while the frozen stream runs.
-        called: Arguments of the layer in the frozen stream.
+        called: Arguments of the layer in the frozen stream, of all tokens the class token alone.
         stream: What its attention read there.
     """
 
@@ -147,7 +147,9 @@ class LaneAttention(nn.Module):
     def begin(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """A hook before the layer."""
         if self.reads:
-            self.called = (args, kwargs)
+            # Lanes start at the class token; all tokens of every layer would be held until the last lane is through.
+            token = (args[0] if args else kwargs["hidden_states"])[:, :1].clone()
+            self.called = ((token, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": token})
 
     def enter(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         """A hook before the attention module."""
