@@ -199,3 +199,14 @@ def test_wrong_numbers_of_images_are_named():
     given = inputs(unet, images=(1, 1))
     with accelerate(unet), pytest.raises(ValueError, match="image_embeds: got 2 entries, expected 1"):
         noise(unet, given)
+
+
+def test_embeddings_of_another_encoder():
+    unet = published("sd15", "plain", dtype=torch.float32)
+    given = inputs(unet)
+    given["added_cond_kwargs"]["image_embeds"] = [torch.randn(2, 1, IMAGE - 1)]
+    with (
+        accelerate(unet),
+        pytest.raises(ValueError, match=r"image_embeds\[0\]: got shape \[2, 1, 19\], expected \[B,images,20\]"),
+    ):
+        noise(unet, given)

@@ -207,6 +207,8 @@ def test_only_one_adapter_is_attached_at_a_time():
             accelerate(unet)
     with accelerate(unet), pytest.raises(AttachError, match="is a module already"):
         attach(unet, RECIPE)
+    with pytest.raises(TypeError, match=r"config: got APT\(length=3.*, expected a recipe for UNets"):
+        attach(tiny_unet(), fastprompt.APT(length=3))
     with pytest.raises(TypeError, match="config: got <class"):
         attach(unet, fastprompt.IPAdapter)
     with pytest.raises(TypeError, match="unet: got Linear"):

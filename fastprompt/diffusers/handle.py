@@ -54,8 +54,8 @@ def attach(unet: UNet2DConditionModel, config: Any) -> Handle:
     """
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(f"unet: got {type(unet).__name__}, expected a diffusers UNet2DConditionModel")
-    if isinstance(config, type) or not callable(getattr(config, "build", None)):
-        raise TypeError(f"config: got {config!r}, expected a recipe such as fastprompt.IPAdapter()")
+    if isinstance(config, type) or getattr(config, "kind", None) != "unet":
+        raise TypeError(f"config: got {config!r}, expected a recipe for UNets, fastprompt.IPAdapter()")
     if getattr(unet, PROJECTION) is not None:
         raise AttachError(
             f"unet: it already has {PROJECTION} ({type(getattr(unet, PROJECTION)).__name__}); detach its adapter, or "

@@ -53,6 +53,11 @@ class ImageProjections(MultiIPAdapterImageProjection):
         found = []
         for i, (embeds, layer) in enumerate(zip(given, layers, strict=True)):
             images = embeds if isinstance(image_embeds, list) else embeds.unsqueeze(1)
+            if isinstance(layer, ImageProjection) and images.shape[2:] != (layer.image_embeds.in_features,):
+                raise ValueError(
+                    f"image_embeds[{i}]: got shape {list(images.shape)}, expected "
+                    f"[B,images,{layer.image_embeds.in_features}], the width of what this adapter reads"
+                )
             project = lambda x=images, to=layer: _project(x, to)  # noqa: E731
             pure = isinstance(layer, _PURE)
             found.append(self.constants.get(i, embeds, [layer], (), project) if pure else project())

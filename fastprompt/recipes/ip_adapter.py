@@ -52,6 +52,8 @@ class IPAdapter:
     image_width: int = 1024
     scale: float = 1.0
 
+    kind = "unet"
+
     def __post_init__(self):
         for name in ("num_tokens", "image_width"):
             if not is_count(getattr(self, name)):
