@@ -25,9 +25,12 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.demo
 	$(BIN)/fastprompt demo $(if $(FULL),--full,)
 
+# Processes of the test-suite, each with one thread and about 2 GB.
+JOBS ?= 2
+
 test: $(VENV)/.dev
 	$(BIN)/fastprompt assets fetch dinov2-small textile smollm2-135m sms-spam openmoji emoji-names clip-bpe
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # The full Triton matrix on a CUDA device, with the Python at hand (PYTHON=...), which brings its own torch and Triton.
 gpu-test:
