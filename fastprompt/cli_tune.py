@@ -179,11 +179,11 @@ def fill_in(args: argparse.Namespace) -> type[Job]:
             "--task out"
         )
     own = kind.options[args.recipe]
-    owners: dict[str, list[str]] = {}
+    owners: dict[str, dict[str, None]] = {}
     for job in JOBS.values():
         for recipe, options in job.options.items():
             for name in options.keys() - own.keys():
-                owners.setdefault(name, []).append(recipe)
+                owners.setdefault(name, {})[recipe] = None
     for name, recipes in owners.items():
         if getattr(args, name) is not None:
             raise ValueError(

@@ -200,7 +200,11 @@ def test_class_names_in_order_or_by_folder():
     ("recipe", "extra", "message"),
     [
         ("maple", ["--csc"], "--csc: got a value with --recipe maple, but it is for --recipe coop"),
-        ("coop", ["--length", "3"], "--length: got a value with --recipe coop, but it is for --recipe vpt, prefix"),
+        (
+            "coop",
+            ["--length", "3"],
+            "--length: got a value with --recipe coop, but it is for --recipe vpt, apt, prefix",
+        ),
         ("coop", ["--task", "image"], "--recipe: got coop with --task image, expected one of vpt"),
         ("zeroshot", ["--epochs", "3"], "--epochs: got a value with --recipe zeroshot"),
         ("ivlp", ["--lam", "exact"], "--lam: got a value with --recipe ivlp, but it is for --recipe dpl"),
