@@ -46,9 +46,7 @@ TABLE: dict[tuple[str, int], dict[int, Config]] = {
     },
     ("scores", 4): {64: Config(32, 64, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     ("branches", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    ("branches_query", 2): {
-        64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1),
-    },
+    ("branches_query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
     ("branch", 2): {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     ("branches", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     ("branches_query", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
