@@ -3,7 +3,7 @@
 
 What is as large as x is touched by matrix products alone: the weight and ``exp(log_scale)`` go to the activations,
 which are P wide, and base enters through the product that reads the prompts. Sums over tokens are products of half
-precision too, and of what their rounding took: float32 products of widened copies would take most of the backward.
+precision too, and of what their rounding took, instead of float32 products of widened copies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Activations of one tile (elements): few enough for the caches.
 TILE = 1 << 20
-# A dot product as the trace of a matrix product of this many rows, which is no slower than reading its factors.
+# A dot product in half precision is the trace of a matrix product of this many rows, which accumulates in float32.
 LANES = 32
 
 
