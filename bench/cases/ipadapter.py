@@ -12,11 +12,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
 
 from bench.case import Case, Provider, Step, Work, tolerance
-from fastprompt.diffusers import DecoupledAttnProcessor
 
 # Of a picture of 512 or 1024 pixels a side: (layers, share of the top grid's queries, width), then heads or head size.
 SHAPES = {
@@ -31,6 +29,11 @@ def build(
     text: int = 77, dtype: str = "bfloat16",
 ) -> Case:  # fmt: skip
     """The case; ``batch`` 2 is one picture with and without guidance; few ``layers`` and ``queries`` are quick."""
+    # Here, since a machine may lack this extra, and every case's description is read there too.
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    from fastprompt.diffusers import DecoupledAttnProcessor
+
     if shape not in SHAPES:
         raise ValueError(f"shape: got {shape!r}, expected one of {', '.join(SHAPES)}")
     blocks, split, width, image, grid = SHAPES[shape]
@@ -43,7 +46,7 @@ def build(
     tokens = torch.randn(batch, text, width, device=device).to(kind)
     images = torch.randn(batch, 1, image, width, device=device).to(kind)
 
-    def generation(stack: list[Attention], given: Tensor | tuple, clear: str = "", x: list = hidden) -> Step:
+    def generation(stack: list[nn.Module], given: Tensor | tuple, clear: str = "", x: list = hidden) -> Step:
         kept = [attn.processor.constants for attn in stack] if clear else []
 
         def run() -> list[Tensor]:
@@ -104,6 +107,8 @@ def build(
 
 def _layer(channels: int, width: int, split: dict[str, int], image: int) -> nn.Module:
     """A cross-attention layer as in the model, with diffusers' processor."""
+    from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+
     heads = split["heads"] if "heads" in split else channels // split["dim_head"]
     processor = IPAdapterAttnProcessor2_0(channels, width, (image,), SCALE)
     return Attention(channels, cross_attention_dim=width, heads=heads, dim_head=channels // heads, processor=processor)
