@@ -76,14 +76,17 @@ class Build(build_ext):
 
     def run(self) -> None:
         """Build, and report."""
-        reason = why_not()
+        reason, inplace = why_not(), self.inplace
         if reason is None:
             try:
                 super().run()
             except Exception as error:  # the compiler's own message is on the terminal
-                reason = f"the build failed: {error}"
-        else:
+                reason = f"the build failed ({type(error).__name__}); see it with `python setup.py build_ext --inplace`"
+                self.inplace = inplace
+        if reason is not None:
             self.extensions.clear()
+            for stale in REPORT.parent.glob("_C.*.so"):
+                stale.unlink()
         found = {"built": reason is None, "python": platform.python_version()}
         if reason is None:
             import torch
