@@ -18,7 +18,7 @@
 
 namespace fastprompt::FASTPROMPT_NAMESPACE {
 
-// 2^x, at most 1.5 units in the last place off: -inf and what is below the smallest denormal give 0, NaN stays NaN.
+// 2^x, at most 1.5 units in the last place off: -inf and what is below the smallest denormal give 0, NaN stays NaN. For x < inf.
 inline Vec exp2(Vec x) {
   x = max(x, Vec(-200.0f));  // max(x, bound) is x where x is NaN
   const Vec whole = round(x), f = x - whole;
@@ -50,7 +50,7 @@ inline Vec load_first(const void* at, DType dtype, int64_t offset, int64_t n) {
   }
 }
 
-// Rounded once, to nearest even; NaN stays NaN.
+// Rounded once, to nearest even; NaN stays NaN. For x < inf.
 inline void store_first(Vec x, void* at, DType dtype, int64_t offset, int64_t n) {
   switch (dtype) {
     case DType::bfloat16: return x.store_first(static_cast<BFloat16*>(at) + offset, n);
