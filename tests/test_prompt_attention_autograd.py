@@ -177,7 +177,7 @@ def test_opcheck(case, dtype):
 
 
 @each_case
-@pytest.mark.parametrize(("impl", "dynamic"), [("auto", False), ("auto", True), ("reference", False)])
+@pytest.mark.parametrize(("impl", "dynamic"), [("cpu", False), ("cpu", True), ("reference", False)])
 def test_compiles_in_one_graph(case, impl, dynamic):
     shape, kwargs = CASES[case]
     compiled_equals_eager(

@@ -144,7 +144,7 @@ def test_gradients_have_the_strides_that_the_fake_promises(with_lse):
 
 
 @each_case
-@pytest.mark.parametrize(("impl", "dynamic"), [("auto", False), ("auto", True), ("reference", False)])
+@pytest.mark.parametrize(("impl", "dynamic"), [("cpu", False), ("cpu", True), ("reference", False)])
 def test_compiles_in_one_graph(case, impl, dynamic):
     inputs, cu_seqlens, _, kwargs = given(case, torch.float32)
     compiled_equals_eager(
