@@ -185,7 +185,7 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
 
     Example:
         >>> import torch, fastprompt
-        >>> x = torch.zeros(1, 2, 4, 8)
+        >>> x = torch.zeros(1, 2, 4, 8, dtype=torch.float64)
         >>> fastprompt.explain(fastprompt.ops.prompt_attention, x, x, x, x, x).impl
         'cpu'
     """
