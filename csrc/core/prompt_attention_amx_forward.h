@@ -35,6 +35,9 @@ class AttentionForward {
     pack_row_pairs<false>(prompt_rows(p_, p_.prompt_value, g, head_kv, rounded_), p_.prompts, p_.dim, value_);
   }
 
+  // What the next call will want, if it is known, and how many blocks of 32 rows this one has.
+  void look_ahead(int64_t s, int64_t head_kv, int64_t blocks) { ahead_ = Ahead(p_, s, head_kv, blocks); }
+
   // Query rows [from, to) of one key head of a sample.
   void attend(int64_t s, int64_t head_kv, int64_t from, int64_t to) {
     const Causal causal(p_, s);
@@ -56,6 +59,9 @@ class AttentionForward {
   void attend_block(const HeadRows& queries, const Causal& causal, int64_t first, int64_t rows) {
     const int64_t tiles = tiles_of_16(rows), limit = causal.limit(first + rows - 1);
     const int64_t keys = limit ? padded_ + limit : padded_;
+    const HeadRows out = lanes_of(queries, out_);
+    for (int64_t r = 0; r < rows; ++r) prefetch_row(out.at(first + r));
+    ahead_.fetch();
     pack_rows([&](int64_t r) { return queries(first + r); }, rows, p_.dim, query_);
     for (int64_t r = 0; r < 32; ++r) peak_[r] = kNone, total_[r] = 0;
     if (keys == 0) std::fill_n(sums_, 2 * nd_ * kTileFloats, 0.0f);
@@ -69,6 +75,14 @@ class AttentionForward {
                {sums_, nd_, 1}, from > 0);
     }
     finish(queries, first, rows);
+  }
+
+  static HeadRows lanes_of(const HeadRows& queries, const Rows& rows) {
+    return {rows, queries.sample, queries.head, queries.first, queries.groups};
+  }
+
+  void prefetch_row(const char* row) const {
+    for (int64_t i = 0; i < p_.dim * 2; i += 64) __builtin_prefetch(row + i, 1, 3);
   }
 
   // Query rows [first, first + rows), which see up to `limit` instance keys, against keys [from, to) of the axis.
@@ -207,8 +221,7 @@ class AttentionForward {
   }
 
   void finish(const HeadRows& queries, int64_t first, int64_t rows) {
-    const HeadRows out{out_, queries.sample, queries.head, queries.first, queries.groups};
-    const HeadRows lse{lse_, queries.sample, queries.head, queries.first, queries.groups};
+    const HeadRows out = lanes_of(queries, out_), lse = lanes_of(queries, lse_);
     for (int64_t from = 0; from < rows; from += 16) {
       const __m512 total = _mm512_load_ps(total_ + from);
       const __mmask16 some = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_NEQ_UQ);
@@ -238,6 +251,7 @@ class AttentionForward {
   const int64_t padded_;    // where instance keys begin
   const bool plain_;        // scores need no preparation
   int64_t block_, bytes_;
+  Ahead ahead_;
   BFloat16 *rounded_, *query_, *key_, *value_, *weights_;
   float *scores_, *sums_;
   alignas(64) float peak_[32], total_[32];
@@ -252,7 +266,8 @@ inline void forward(const PromptAttention& p, const Rows& out, const Rows& lse, 
   const double work = 4.0 * double(p.samples) * double(p.heads) * double(p.tq) * double(p.tk + p.prompts) *
                       double(p.dim);
   const int64_t bytes = AttentionForward(p, out, lse, Cutter()).bytes();
-  for_each(threads, runs * p.heads_kv * pieces, work, [&](int64_t task) {
+  const int64_t tasks = runs * p.heads_kv * pieces;
+  for_each(threads, tasks, work, [&](int64_t task) {
     const int64_t piece = task % pieces, head_kv = task / pieces % p.heads_kv;
     const SampleRun& run = found.runs[static_cast<size_t>(task / pieces / p.heads_kv)];
     AttentionForward kernel(p, out, lse, Cutter(Scratch::take(bytes)));
@@ -262,7 +277,16 @@ inline void forward(const PromptAttention& p, const Rows& out, const Rows& lse, 
       const int64_t s = found.order[static_cast<size_t>(i)], rows = p.queries_of(s) * p.groups();
       const int64_t blocks = (rows + 31) / 32;
       const int64_t from = 32 * (blocks * piece / pieces), to = std::min(32 * (blocks * (piece + 1) / pieces), rows);
-      if (from < to) kernel.attend(s, head_kv, from, to);
+      if (from >= to) continue;
+      if (pieces == 1) {
+        // The next sample of this run, or the first of the task that this thread is likely to take.
+        const int64_t later = i + 1 < run.end ? task : task + threads.count;
+        if (later < tasks) {
+          const int64_t place = later == task ? i + 1 : found.runs[static_cast<size_t>(later / p.heads_kv)].begin;
+          kernel.look_ahead(found.order[static_cast<size_t>(place)], later % p.heads_kv, blocks);
+        }
+      }
+      kernel.attend(s, head_kv, from, to);
     }
   });
 }
