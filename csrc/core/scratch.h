@@ -40,6 +40,22 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// Memory that the tasks of one call share.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(kAlignment, round_up(bytes, kAlignment))) {
+    if (!data_ && bytes) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+
+ private:
+  void* data_;
+};
+
 // Cuts a buffer into aligned arrays. Without a buffer it only counts: run the same cuts once to learn the size.
 class Cutter {
  public:
