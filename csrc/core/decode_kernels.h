@@ -26,16 +26,36 @@ inline void with_rows(int64_t rows, const Function& f) {
   return f(std::integral_constant<int, 1>());
 }
 
-// Products of M queries (dense rows, zero behind `dim`) and n keys: scores[m][j], written up to a whole vector of keys.
+// n rows of keys or values, of `left` up to the end of their range. Rows further on are fetched ahead, which processors
+// do not do by themselves for as long a way as memory needs; `left` is 0 where rows are in the nearest cache already.
+template <class T>
+struct Stream {
+  const T* data;
+  int64_t stride, n, left;
+
+  // Always inline: GCC 12 drops calls of a function that does nothing but fetch.
+  __attribute__((always_inline)) void fetch_ahead(int64_t j, int64_t from, int64_t count) const {
+    constexpr int64_t distance = 32, line = 64 / static_cast<int64_t>(sizeof(T));
+    if (!left) return;
+    const T* row = data + std::min(j + distance, left - 1) * stride + from;
+    for (int64_t d = 0; d < count; d += line) __builtin_prefetch(row + d);
+  }
+};
+
+// Products of M queries (dense rows, zero behind `dim`) and keys: scores[m][j], written up to a whole vector of keys.
 template <int M, class T>
-inline void score_keys(const float* queries, int64_t width, const T* keys, int64_t stride, int64_t dim, int64_t n,
-                       float* scores, int64_t scores_stride) {
+inline void score_keys(const float* queries, int64_t width, const Stream<T>& keys, int64_t dim, float* scores,
+                       int64_t scores_stride) {
   const int64_t whole = dim / kWidth * kWidth;
-  for (int64_t first = 0; first < n; first += kWidth) {
+  for (int64_t first = 0; first < keys.n; first += kWidth) {
     Vec parts[M][kWidth / 4];
     for (int64_t part = 0; part < kWidth / 4; ++part) {
       const T* rows[4];
-      for (int64_t u = 0; u < 4; ++u) rows[u] = keys + std::min(first + 4 * part + u, n - 1) * stride;
+      for (int64_t u = 0; u < 4; ++u) {
+        const int64_t j = std::min(first + 4 * part + u, keys.n - 1);
+        rows[u] = keys.data + j * keys.stride;
+        keys.fetch_ahead(j, 0, dim);
+      }
       Vec sum[M][4];
       for (int m = 0; m < M; ++m) {
         for (int u = 0; u < 4; ++u) sum[m][u] = Vec(0.0f);
@@ -56,19 +76,20 @@ inline void score_keys(const float* queries, int64_t width, const T* keys, int64
   }
 }
 
-// Adds to N vectors of M sums the values of n keys, weighted; the last vector has `tail` elements where that is not 0.
+// Adds N vectors of weighted values, from element d on, to those of M sums; of the last vector `tail` elements, 0: all.
 template <int M, int N, class T>
-inline void add_values(const float* weights, int64_t weights_stride, const T* values, int64_t stride, int64_t n,
-                       int64_t tail, float* sums, int64_t sums_stride) {
+inline void add_vectors(const float* weights, int64_t weights_stride, const Stream<T>& values, int64_t d, int64_t tail,
+                        float* sums, int64_t sums_stride) {
   Vec sum[M][N];
   for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < N; ++v) sum[m][v] = Vec::load(sums + m * sums_stride + v * kWidth);
+    for (int v = 0; v < N; ++v) sum[m][v] = Vec::load(sums + m * sums_stride + d + v * kWidth);
   }
-  for (int64_t j = 0; j < n; ++j) {
+  for (int64_t j = 0; j < values.n; ++j) {
+    const T* row = values.data + j * values.stride + d;
+    values.fetch_ahead(j, d, N * kWidth);
     Vec x[N];
     for (int v = 0; v < N; ++v) {
-      const T* at = values + j * stride + v * kWidth;
-      x[v] = v + 1 == N && tail ? Vec::load_first(at, tail) : Vec::load(at);
+      x[v] = v + 1 == N && tail ? Vec::load_first(row + v * kWidth, tail) : Vec::load(row + v * kWidth);
     }
     for (int m = 0; m < M; ++m) {
       const Vec weight(weights[m * weights_stride + j]);
@@ -76,22 +97,20 @@ inline void add_values(const float* weights, int64_t weights_stride, const T* va
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < N; ++v) sum[m][v].store(sums + m * sums_stride + v * kWidth);
+    for (int v = 0; v < N; ++v) sum[m][v].store(sums + m * sums_stride + d + v * kWidth);
   }
 }
 
-// The same over the whole head size.
+// Adds weighted values to M sums.
 template <int M, class T>
-inline void add_rows(const float* weights, int64_t weights_stride, const T* values, int64_t stride, int64_t n,
-                     int64_t dim, float* sums, int64_t sums_stride) {
-  constexpr int64_t step = kVecs * kWidth;
+inline void add_values(const float* weights, int64_t weights_stride, const Stream<T>& values, int64_t dim, float* sums,
+                       int64_t sums_stride) {
   int64_t d = 0;
-  for (; d + step <= dim; d += step) {
-    add_values<M, kVecs>(weights, weights_stride, values + d, stride, n, 0, sums + d, sums_stride);
+  for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
+    add_vectors<M, kVecs>(weights, weights_stride, values, d, 0, sums, sums_stride);
   }
   for (; d < dim; d += kWidth) {
-    const int64_t tail = dim - d < kWidth ? dim - d : 0;
-    add_values<M, 1>(weights, weights_stride, values + d, stride, n, tail, sums + d, sums_stride);
+    add_vectors<M, 1>(weights, weights_stride, values, d, dim - d < kWidth ? dim - d : 0, sums, sums_stride);
   }
 }
 
@@ -297,8 +316,8 @@ inline void Decode::attend(int64_t s, int64_t h, int64_t range, float* partials)
     const int64_t n = std::min(kNearKeys, keys.count - j);
     for (int64_t r = 0; r < rows_; r += kRows) {
       with_rows(rows_ - r, [&](auto m) {
-        score_keys<m>(room.queries + r * width_, width_, keys.key + j * keys.key_row, keys.key_row, p_.dim, n,
-                      room.scores + r * kRangeKeys + j, kRangeKeys);
+        const Stream<T> near{keys.key + j * keys.key_row, keys.key_row, n, r == 0 ? keys.count - j : 0};
+        score_keys<m>(room.queries + r * width_, width_, near, p_.dim, room.scores + r * kRangeKeys + j, kRangeKeys);
       });
     }
   }
@@ -311,8 +330,8 @@ inline void Decode::attend(int64_t s, int64_t h, int64_t range, float* partials)
     const int64_t n = std::min(kNearKeys, keys.count - j);
     for (int64_t r = 0; r < rows_; r += kRows) {
       with_rows(rows_ - r, [&](auto m) {
-        add_rows<m>(room.scores + r * kRangeKeys + j, kRangeKeys, keys.value + j * keys.value_row, keys.value_row,
-                    n, p_.dim, to.out + r * width_, width_);
+        const Stream<T> near{keys.value + j * keys.value_row, keys.value_row, n, r == 0 ? keys.count - j : 0};
+        add_values<m>(room.scores + r * kRangeKeys + j, kRangeKeys, near, p_.dim, to.out + r * width_, width_);
       });
     }
   }
