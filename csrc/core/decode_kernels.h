@@ -2,13 +2,10 @@
 // Kernels of decode.h, written once with `Vec`: lanes along the head size.
 #pragma once
 
-#include "prompt_attention.h"
+#include "attention_blocks.h"
 #include "vec.h"
 
 namespace fastprompt::FASTPROMPT_NAMESPACE {
-
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Rows at once, so that sums stay in registers; vectors of the head size at once.
 constexpr int kRows = kWidth == 16 ? 4 : 2, kVecs = kWidth == 16 ? 4 : 2;

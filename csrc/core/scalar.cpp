@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every kernel in plain C++.
 #define FASTPROMPT_LEVEL 0
 #include "level.h"
 
+// After level.h, whose target holds for what follows.
+#include "prompt_attention_levels.h"
+
 #include "decode_kernels.h"
+#include "prompt_attention_forward.h"
