@@ -201,15 +201,13 @@ inline void pack_row_pairs(const Row& row, int64_t rows, int64_t dim, BFloat16* 
 
 // 2^x, 2.6e-6 off: below what bfloat16 sees. -inf and what is below the smallest denormal give 0, NaN stays NaN.
 inline __m512 exp2_to_round(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(0.0095701019112f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055917860319f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24024744828f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69312181474f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99999926145f));
-  return _mm512_scalef_ps(p, whole);
+  const __m512 f = fraction(Vec(x)).v;
+  __m512 p = _mm512_set1_ps(0x1.bb7cd44797bbep-7f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.aa13f04c08388p-5f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ee798a4575502p-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62d1660a1c93ap-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.00002b827133ap+0f));
+  return _mm512_scalef_ps(p, x);
 }
 
 // log2(x) for x >= 0 to about one unit in the last place of max(1, result): 0 gives -inf, NaN stays NaN.

@@ -7,5 +7,6 @@
 #include "prompt_attention_levels.h"
 
 #include "decode_kernels.h"
+#include "key_scores_kernels.h"
 #include "prompt_attention_forward.h"
 #endif

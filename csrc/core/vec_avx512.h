@@ -64,7 +64,10 @@ inline Vec max(Vec x, Vec bound) { return Vec(_mm512_max_ps(bound.v, x.v)); }
 // To the nearest whole number.
 inline Vec round(Vec x) { return Vec(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 
-// x * 2^n for whole n, denormal results included.
+// What the next lower whole number leaves of x: in [0, 1), 0 for infinities.
+inline Vec fraction(Vec x) { return Vec(_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)); }
+
+// x * 2^floor(n), denormal results included.
 inline Vec scale_by_power(Vec x, Vec n) { return Vec(_mm512_scalef_ps(x.v, n.v)); }
 
 // a where condition < bound, else b.
