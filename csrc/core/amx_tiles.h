@@ -216,6 +216,17 @@ inline __m512 exp2_to_round(__m512 x) {
   return _mm512_castsi512_ps(_mm512_maskz_add_epi32(some, _mm512_castps_si512(p), power));
 }
 
+// 2^x for any x, as far off; the largest and smallest results are infinity and denormal numbers.
+inline __m512 exp2_of_any_to_round(__m512 x) {
+  const __m512 f = fraction(Vec(x)).v;
+  __m512 p = _mm512_set1_ps(0x1.bb7cd44797bbep-7f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.aa13f04c08388p-5f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ee798a4575502p-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62d1660a1c93ap-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.00002b827133ap+0f));
+  return _mm512_scalef_ps(p, x);
+}
+
 // log2(x) for x >= 0 to about one unit in the last place of max(1, result): 0 gives -inf, NaN stays NaN.
 inline __m512 log2(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
