@@ -14,6 +14,7 @@
 #include <limits>
 #include <new>
 #include <utility>
+#include <vector>
 
 #if FASTPROMPT_LEVEL >= 1
 // GCC before 13 warns of its own intrinsics (bug 105593).
@@ -27,6 +28,8 @@
 // Own headers whose inline functions are shared by all levels.
 #include "isa.h"
 #include "parallel.h"
+#include "prompt_attention.h"
+#include "sample_runs.h"
 #include "scratch.h"
 #include "types.h"
 
