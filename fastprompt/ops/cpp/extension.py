@@ -30,11 +30,13 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"fastprompt._C does not load: {error}"
 
 
+@torch.compiler.assume_constant_result
 def missing() -> str:
     """Why there are no C++ kernels in this process; empty if there are."""
     return _load()[1]
 
 
+@torch.compiler.assume_constant_result
 def best_isa() -> str:
     """The highest level of this processor; empty where there are no C++ kernels."""
     module = _load()[0]
