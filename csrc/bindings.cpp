@@ -13,6 +13,8 @@
 #include <optional>
 
 #include "diffuse_prompts.h"
+#include "decode.h"
+#include "key_scores.h"
 #include "prompt_attention.h"
 
 namespace {
@@ -148,6 +150,32 @@ void diffuse_prompts_backward(const Tensor grad_out, const Tensor x, MaybeTensor
   fastprompt::diffuse_prompts_backward(p, grads, level(isa), threads());
 }
 
+// One new token for every sample: query [B,Hq,T,D] over blocks of keys [N,D], of head h of sample s those from row
+// ends[i] to ends[i + 1], i = s * Hkv + h, and over key [B,Hkv,Tk,D].
+void decode_blocks(const Tensor query, const Tensor key, const Tensor value, const Tensor block_key,
+                   const Tensor block_value, const Tensor ends, double scale, int64_t isa, Tensor out, Tensor lse) {
+  PromptAttention p;
+  p.samples = query.size(0), p.heads = query.size(1), p.heads_kv = key.size(1), p.dim = query.size(3);
+  p.tq = query.size(2), p.tk = key.size(2);
+  p.query = rows(query), p.key = rows(key), p.value = rows(value);
+  p.prompt_key = table(block_key), p.prompt_value = table(block_value);
+  p.scale = static_cast<float>(scale);
+  fastprompt::decode(p, ends.const_data_ptr<int64_t>(), rows(out), rows(lse), level(isa), threads());
+}
+
+void key_scores(const Tensor query, const Tensor key, const Tensor lse, MaybeTensor query_mask, MaybeTensor key_mask,
+                bool is_causal, int64_t query_start, double scale, bool visible, int64_t group_reduce, int64_t isa,
+                Tensor scores) {
+  fastprompt::KeyScores p;
+  p.samples = query.size(0), p.heads = query.size(1), p.heads_kv = key.size(1), p.dim = query.size(3);
+  p.tq = query.size(2), p.tk = key.size(2);
+  p.query = rows(query), p.key = rows(key), p.lse = rows(lse);
+  p.query_mask = token_rows(query_mask), p.key_mask = token_rows(key_mask);
+  p.query_start = query_start, p.causal = is_causal, p.visible = visible;
+  p.reduce = static_cast<fastprompt::GroupReduce>(group_reduce), p.scale = static_cast<float>(scale);
+  fastprompt::key_scores(p, rows(scores), level(isa), threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
@@ -161,6 +189,12 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
       "int max_seqlen, Tensor out, Tensor lse, bool is_causal, float scale, int isa, Tensor(a!)? query_grad, "
       "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) -> ()");
   m.def(
+      "decode_blocks(Tensor query, Tensor key, Tensor value, Tensor block_key, Tensor block_value, Tensor ends, "
+      "float scale, int isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "key_scores(Tensor query, Tensor key, Tensor lse, Tensor? query_mask, Tensor? key_mask, bool is_causal, "
+      "int query_start, float scale, bool visible, int group_reduce, int isa, Tensor(a!) scores) -> ()");
+  m.def(
       "diffuse_prompts(Tensor x, Tensor base, Tensor prompts, Tensor keys, float factor, bool softmax, bool rowmax, "
       "int isa, Tensor(a!) out) -> ()");
   m.def(
@@ -172,6 +206,8 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastprompt_cpp, CPU, m) {
   m.impl("prompt_attention", TORCH_BOX(&prompt_attention));
   m.impl("prompt_attention_backward", TORCH_BOX(&prompt_attention_backward));
+  m.impl("decode_blocks", TORCH_BOX(&decode_blocks));
+  m.impl("key_scores", TORCH_BOX(&key_scores));
   m.impl("diffuse_prompts", TORCH_BOX(&diffuse_prompts));
   m.impl("diffuse_prompts_backward", TORCH_BOX(&diffuse_prompts_backward));
 }

@@ -15,6 +15,8 @@ LEAST_ISA: dict[str, dict[str, str]] = {
     "decoupled_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
     # bench/results/diffuse_prompts-cpu.jsonl
     "diffuse_prompts": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+    # bench/results/key_scores-cpu.jsonl
+    "key_scores": {"float32": "avx2", "bfloat16": "avx512", "float16": "avx2"},
     # bench/results/prompt_attention-cpu.jsonl
     "prompt_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
     # bench/results/prompt_attention_varlen-cpu.jsonl
