@@ -6,5 +6,6 @@
 // After level.h, whose target holds for what follows.
 #include "prompt_attention_levels.h"
 
+#include "prompt_attention_backward.h"
 #include "prompt_attention_forward.h"
 #endif

@@ -5,4 +5,5 @@
 // After level.h, whose target holds for what follows.
 #include "prompt_attention_levels.h"
 
+#include "prompt_attention_backward.h"
 #include "prompt_attention_forward.h"
