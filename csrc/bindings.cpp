@@ -12,6 +12,7 @@
 
 #include <optional>
 
+#include "compress_kv.h"
 #include "prompt_attention.h"
 
 namespace {
@@ -112,6 +113,18 @@ void prompt_attention_backward(const Tensor grad_out, MaybeTensor grad_lse, cons
   fastprompt::prompt_attention_backward(p, grads, level(isa), threads());
 }
 
+void compress_kv(const Tensor key, const Tensor value, const Tensor index, MaybeTensor valid, int64_t merge,
+                 bool merge_keys, int64_t isa, Tensor kept_key, Tensor kept_value) {
+  fastprompt::CompressKv p;
+  p.samples = key.size(0), p.heads = key.size(1), p.length = key.size(2), p.slots = index.size(2);
+  p.dim = key.size(3), p.dim_value = value.size(3);
+  p.key = rows(key), p.value = rows(value);
+  p.index = index.const_data_ptr<int64_t>();
+  p.valid = valid ? static_cast<const unsigned char*>(valid->data_ptr()) : nullptr;
+  p.merge = static_cast<fastprompt::Merge>(merge), p.merge_keys = merge_keys;
+  fastprompt::compress_kv(p, rows(kept_key), rows(kept_value), level(isa), threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
@@ -124,11 +137,15 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
       "Tensor prompt_key, Tensor prompt_value, Tensor? prompt_index, Tensor? attn_mask, Tensor? cu_seqlens, "
       "int max_seqlen, Tensor out, Tensor lse, bool is_causal, float scale, int isa, Tensor(a!)? query_grad, "
       "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) -> ()");
+  m.def(
+      "compress_kv(Tensor key, Tensor value, Tensor index, Tensor? valid, int merge, bool merge_keys, int isa, "
+      "Tensor(a!) kept_key, Tensor(b!) kept_value) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastprompt_cpp, CPU, m) {
   m.impl("prompt_attention", TORCH_BOX(&prompt_attention));
   m.impl("prompt_attention_backward", TORCH_BOX(&prompt_attention_backward));
+  m.impl("compress_kv", TORCH_BOX(&compress_kv));
 }
 
 #ifdef __clang__

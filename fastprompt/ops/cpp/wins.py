@@ -15,6 +15,7 @@ LEAST_ISA: dict[str, dict[str, str]] = {
     "prompt_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
     # bench/results/prompt_attention_varlen-cpu.jsonl
     "prompt_attention_varlen": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+    "compress_kv": {"float32": "avx2", "bfloat16": "avx2", "float16": "avx2"},
 }
 
 #: The largest head size that the kernels take.
