@@ -8,7 +8,7 @@ import torch
 from attention_cases import LAYOUTS
 from cpp_cases import isa, needs_cpp  # noqa: F401
 from hypothesis import HealthCheck, given, settings
-from test_compress_kv import DTYPES, MERGES, cases, check, make, oracle
+from test_compress_kv import DTYPES, MERGES, cases, check, make
 
 import fastprompt
 from fastprompt.ops import compress_kv, reference
@@ -87,7 +87,8 @@ def test_padding_changes_nothing(isa):  # noqa: F811
         pad = torch.nn.functional.pad
         padded = [pad(x, (0, 0, 3, 2), value=torch.nan) for x in (key, value)]
         valid = pad(torch.ones(1, 40, dtype=torch.bool), (3, 2))
-        got = compress_kv(*padded, pad(scores, (3, 2), value=99.0), 9, recent=2, merge="weighted", valid=valid, impl="cpp")
+        padded.append(pad(scores, (3, 2), value=99.0))
+        got = compress_kv(*padded, 9, recent=2, merge="weighted", valid=valid, impl="cpp")
         assert same(got[:2], want[:2]) and torch.equal(got[2], want[2] + 3)
 
 
@@ -113,12 +114,14 @@ def test_huge_and_tiny_keys(size, isa):  # noqa: F811
         key, value, scores = make(dtype, 1, 2, 60)
         key = torch.nn.functional.one_hot(torch.arange(60) % 7, 16).expand(1, 2, -1, -1).to(dtype) + 0.1 * key.abs()
         scores = torch.arange(60.0, 0, -1).expand(1, 2, -1)
-        for factors in (torch.full((60,), size), torch.arange(60).remainder(2).mul(size - 1).add(1)):
+        # Where all are denormal, their similarities below the floor of norms underflow, here and there differently.
+        everywhere = [torch.full((60,), size)] if size > 1e-38 else []
+        for factors in (*everywhere, torch.arange(60).remainder(2).mul(size - 1).add(1)):
             scaled = (key * factors[:, None]).to(dtype)
             got = compress_kv(scaled, value, scores, 7, merge="weighted", impl="cpp")
             want = compress_kv(scaled, value, scores, 7, merge="weighted", impl="reference")
             for x, y in zip(got, want, strict=True):
-                torch.testing.assert_close(x, y, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0.02 if size > 1 else 1e-4)
+                torch.testing.assert_close(x, y, rtol=2 * torch.finfo(dtype).eps, atol=1e-5 * max(1.0, size))
 
 
 def test_no_samples_heads_or_rows(isa):  # noqa: F811
@@ -169,8 +172,8 @@ def test_nearest_of_many(isa):  # noqa: F811
     for dtype in DTYPES:
         key, value, scores = make(dtype, 1, 2, 1500, 64)
         *got, index = compress_kv(key, value, scores, 300, merge="average", impl="cpp")
-        *want, _ = reference.merge_kv(key, value, index, "average", True, None), index
-        for x, y in zip(got, want[0], strict=True):
+        want = reference.merge_kv(key, value, index, "average", True, None)
+        for x, y in zip(got, want, strict=True):
             equal = torch.isclose(x.float(), y.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5).all(-1)
             assert equal.float().mean() > 0.99
 
@@ -220,10 +223,3 @@ def test_auto_takes_what_was_measured_to_win(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr("fastprompt.ops.cpp.wins.best_isa", lambda level=level: level)
         assert fastprompt.explain(compress_kv, *make(dtype), 4).impl == impl
-
-
-def test_oracle_is_the_reference():
-    """The two agree, so that holding C++ against either is the same."""
-    inputs = make(length=20)
-    for x, y in zip(compress_kv(*inputs, 5, merge="pivot", impl="reference"), oracle(*inputs, 5, merge="pivot"), strict=True):
-        torch.testing.assert_close(x.double(), y.double())
