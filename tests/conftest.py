@@ -36,6 +36,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def composition(monkeypatch):
+    """What "auto" takes on a CPU without the C++ kernels: the composition of PyTorch's."""
+    monkeypatch.setattr(dispatch, "CPP_OPS", ())
+
+
 @pytest.fixture(autouse=True)
 def name_composition(request, monkeypatch):
     """Tests may name the composition of PyTorch's CPU kernels, "cpu", which users reach through "auto" alone."""

@@ -13,6 +13,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastprompt.ops import decoupled_attention
 from fastprompt.ops.cpu import prompt_attention as cpu
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 VISIBLE = torch.tensor([1, 1, 0, 1, 0, 1]).bool()
 CASES = {
     "plain": ({}, {}),

@@ -15,9 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @given(case=cases(DTYPES, (16, 20), (1, 7, 40), (0, 1, 9, 37)))
-@settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_matches_the_oracle(isa, case):  # noqa: F811
     inputs, kwargs = case
     check(inputs, impl="cpp", **kwargs)

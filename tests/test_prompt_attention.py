@@ -16,6 +16,9 @@ import fastprompt
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.cpu import prompt_attention as cpu
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 
 def tiny_blocks(tile=97, workspace=11):
     """Make the CPU backward run several row blocks, several tiles and several head steps on small shapes."""

@@ -12,6 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.cpu import prompt_attention as cpu
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 INDEX = torch.tensor([2, 0, 2])
 CASES = {
     "plain": ({}, {}),

@@ -17,6 +17,9 @@ import fastprompt
 from fastprompt.ops import prompt_attention, prompt_attention_varlen
 from fastprompt.ops.cpu import prompt_attention_varlen as cpu
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 
 @st.composite
 def cases(draw):

@@ -12,6 +12,9 @@ from varlen_cases import IMPLS, LENGTHS, ends, grads_of, make, run
 from fastprompt.ops import prompt_attention_varlen
 from fastprompt.ops.cpu import prompt_attention_varlen as cpu
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 # The name in the package is the function's.
 module = sys.modules["fastprompt.ops.prompt_attention_varlen"]
 

@@ -8,6 +8,7 @@
 #include "amx.h"
 #include "compress_kv_amx.h"
 #include "compress_kv_levels.h"
+#include "key_scores_amx.h"
 #include "prompt_attention_amx_forward.h"
 #include "prompt_attention_amx_reduce.h"
 

@@ -109,9 +109,14 @@ void backward_tasks(const PromptAttention& p, const PromptAttentionGrads& grads,
          ++end) {
       samples += chunks.chunks[static_cast<size_t>(end)].count;
     }
-    for_each(threads, (end - begin) * p.heads_kv * partials.ranges, work, [&](int64_t task) {
-      const int64_t range = task % partials.ranges, head = task / partials.ranges % p.heads_kv;
-      const SampleChunk& chunk = chunks.chunks[static_cast<size_t>(begin + task / partials.ranges / p.heads_kv)];
+    const auto range_of = [&](int64_t task) { return task % partials.ranges; };
+    const auto head_of = [&](int64_t task) { return task / partials.ranges % p.heads_kv; };
+    const auto chunk_of = [&](int64_t task) -> const SampleChunk& {
+      return chunks.chunks[static_cast<size_t>(begin + task / partials.ranges / p.heads_kv)];
+    };
+    for_each_ahead(threads, (end - begin) * p.heads_kv * partials.ranges, work, [&](int64_t task, int64_t following) {
+      const int64_t range = range_of(task), head = head_of(task);
+      const SampleChunk& chunk = chunk_of(task);
       Cutter count;
       EngineScratch(p, wants, count);
       Cutter cutter(Scratch::take(count.used()));
@@ -120,8 +125,11 @@ void backward_tasks(const PromptAttention& p, const PromptAttentionGrads& grads,
         const KeyHead key_head{p, chunks.order[static_cast<size_t>(i)], head};
         const int64_t ranges = ranges_of(key_head.keys());
         if (range >= ranges) continue;
-        engine.run(key_head, range,
-                   wants.query && ranges > 1 ? partials.of_queries(i - first, head, range) : nullptr);
+        const bool same = i + 1 < chunk.first + chunk.count, known = same || following >= 0;
+        const int64_t next = same ? i + 1 : known ? chunk_of(following).first : i;
+        const KeyHead next_head{p, chunks.order[static_cast<size_t>(next)], same || !known ? head : head_of(following)};
+        engine.run(key_head, range, wants.query && ranges > 1 ? partials.of_queries(i - first, head, range) : nullptr,
+                   known && partials.ranges == 1 ? &next_head : nullptr);
       }
       if (range == 0) keep_prompt(partials, grads, engine, chunk, head);
     });

@@ -57,8 +57,7 @@ class FloatSearch {
 
   // A row over its norm; zeros, and false, if it is not finite.
   bool unit_row(int64_t h, int64_t position, float* to) const {
-    const FloatRow found =
-        load_row(p_.key.at(h / p_.heads, h % p_.heads, position), p_.key.dtype, p_.dim, to);
+    const FloatRow found = load_row(p_.key.at(h / p_.heads, h % p_.heads, position), p_.key.dtype, p_.dim, to);
     const Vec norm(found.norm);
     for (int64_t d = 0; d < padded_; d += kWidth) {
       (found.sound ? Vec::load(to + d) / norm : Vec(0.0f)).store(to + d);

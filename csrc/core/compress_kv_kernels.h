@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // `compress_kv` around a search for the nearest survivors: who is evicted, runs of each survivor, their sums.
 //
-// A Search packs survivors, kChunk at a time, into memory that its constructor cuts, and then finds the nearest of up to
-// kLanes evicted keys. Heads of all samples are numbered through.
+// A Search packs survivors, kChunk at a time, into memory that its constructor cuts; then it finds the nearest one to
+// each of up to kLanes evicted keys. Heads of all samples are numbered through.
 #pragma once
 
 #include "compress_kv.h"
@@ -161,8 +161,8 @@ class Compression {
     }
     const T* first = reinterpret_cast<const T*>(rows.at(sample, head, 0));
     const int64_t begin = starts[0], end = starts[1], base = h * p_.length;
-    const auto count = static_cast<float>(end - begin);
-    const Vec share(p_.merge == Merge::pivot ? 1 + count / 2 : 1.0f), all(count + 1);
+    const float count = static_cast<float>(end - begin), half = p_.merge == Merge::pivot ? 0.5f : 0.0f;
+    const Vec share(1 + half * count), all(count + 1);
     for (int64_t d = 0; d < dim; d += kWidth) {
       const int64_t n = std::min(kWidth, dim - d);
       Vec total(0.0f);
@@ -178,10 +178,10 @@ class Compression {
   const CompressKv& p_;
   const Rows &key_, &value_;
   Search search_;
-  int64_t *kept_, *evicted_;                        // [heads]
-  int32_t* broken_;                                 // [heads, chunks]
-  int32_t *position_, *slot_, *order_, *starts_;    // [heads, length], but starts [heads, slots + 1]
-  float* similarity_;                               // [heads, length]
+  int64_t *kept_, *evicted_;             // [heads]: how many
+  int32_t *broken_, *starts_;            // [heads, chunks], [heads, slots + 1]
+  int32_t *position_, *slot_, *order_;   // [heads, length], of which a head uses `evicted_`
+  float* similarity_;                    // likewise
 };
 
 template <class Search>

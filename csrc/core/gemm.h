@@ -7,6 +7,7 @@
 // long sums made of many products lose less.
 #pragma once
 
+#include "ahead.h"
 #include "vec.h"
 
 namespace fastprompt::FASTPROMPT_NAMESPACE {
@@ -23,6 +24,7 @@ struct Product {
   float* c;
   int64_t c_row;
   const float* row_scale = nullptr;
+  Ahead* ahead = nullptr;  // what to bring near meanwhile
 };
 
 // Tiles that fill the registers: at most kMostVectors vectors of a row, most_rows(vectors) rows.
@@ -85,6 +87,7 @@ void multiply_panel(const Product& p, int64_t vectors, int64_t column) {
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = t * p.m / tiles;
     multiply_rows<N, kInto>(p, row, (t + 1) * p.m / tiles - row, column);
+    if (p.ahead) p.ahead->step();
   }
 }
 

@@ -28,6 +28,7 @@
 
 // Own headers whose inline functions are shared by all levels.
 #include "compress_kv.h"
+#include "diffuse_prompts.h"
 #include "isa.h"
 #include "parallel.h"
 #include "prompt_attention.h"

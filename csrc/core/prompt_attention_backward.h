@@ -47,7 +47,9 @@ class Backward {
   }
 
   // `partial`: where dQ of this range goes, rows of whole vectors for all lanes, or null: it is the only range.
-  void run(const KeyHead& head, int64_t range, float* partial) {
+  // `next`: the head that follows, if it is known.
+  void run(const KeyHead& head, int64_t range, float* partial, const KeyHead* next) {
+    bring_near(next);
     const KeyBlocks blocks{p_.prompts, head.keys()};
     range_ = key_range(blocks, wants_, range);
     keys_.load(head, range_.first_key, range_.end_key);
@@ -69,6 +71,19 @@ class Backward {
   const float* prompt_values() const { return scratch_.dv; }
 
  private:
+  void bring_near(const KeyHead* next) {
+    ahead_.clear();
+    if (!next) return;
+    for (const Rows* rows : {&p_.key, &p_.value, &g_.key, &g_.value}) {
+      ahead_.add(*rows, next->sample, next->head, next->row, next->tk, p_.dim);
+    }
+    for (int64_t g = 0; g < p_.groups(); ++g) {
+      for (const Rows* rows : {&p_.query, &g_.grad_out, &g_.out, &g_.query}) {
+        ahead_.add(*rows, next->sample, next->head * p_.groups() + g, next->row, next->tq, p_.dim);
+      }
+    }
+  }
+
   void clear(float* rows, int64_t count) const {
     if (count > 0) std::memset(rows, 0, static_cast<size_t>(count * padded_) * sizeof(float));
   }
@@ -92,7 +107,7 @@ class Backward {
       if (wants_.query) {
         const FloatRows key = keys_[block];
         const Product product{lanes.count, padded_, block.count, scratch_.dscores, 1, lanes.width,
-                              key.at, key.row, dq, padded_};
+                              key.at, key.row, dq, padded_, nullptr, &ahead_};
         first ? multiply<Into::overwrite>(product) : multiply<Into::add>(product);
         first = false;
       }
@@ -153,7 +168,7 @@ class Backward {
     const int64_t width = lanes.width;
     const FloatRows key = keys_[block];
     multiply<Into::overwrite>({block.count, width, p_.dim, key.at, key.row, 1, scratch_.queries, width,
-                               scratch_.scores, width});
+                               scratch_.scores, width, nullptr, &ahead_});
     hiding.apply(block, scratch_.scores, scratch_.mask);
     if (!wants_.scores()) {
       for (int64_t j = 0; j < block.count; ++j) {
@@ -166,7 +181,7 @@ class Backward {
     }
     const FloatRows value = values_[block];
     multiply<Into::overwrite>({block.count, width, p_.dim, value.at, value.row, 1, scratch_.grads, width,
-                               scratch_.dscores, width});
+                               scratch_.dscores, width, nullptr, &ahead_});
     int64_t lane = 0;
     for (; lane + 2 * kWidth <= width; lane += 2 * kWidth) score_gradients<2>(block.count, width, lane);
     if (lane < width) score_gradients<1>(block.count, width, lane);
@@ -194,7 +209,7 @@ class Backward {
       const int64_t first = prompt ? 0 : block.prompts, end = instance ? block.count : block.prompts;
       if (first >= end) return;
       multiply<Into::add>({end - first, padded_, lanes.count, a + first * lanes.width, lanes.width, 1, b.at, b.row,
-                           to + (block.first + first - range_.first_key) * padded_, padded_});
+                           to + (block.first + first - range_.first_key) * padded_, padded_, nullptr, &ahead_});
     };
     add(wants_.prompt_value, wants_.value, scratch_.scores, grad_rows_, scratch_.dv);
     add(wants_.prompt_key, wants_.key, scratch_.dscores, query_rows_, scratch_.dk);
@@ -208,6 +223,7 @@ class Backward {
   KeyRows keys_, values_;
   KeyRange range_{};
   FloatRows query_rows_{}, grad_rows_{};
+  Ahead ahead_;
   alignas(kAlignment) float lse_[kLanes];
   alignas(kAlignment) float delta_[kLanes];
 };

@@ -7,5 +7,7 @@
 #include "prompt_attention_levels.h"
 
 #include "compress_kv_float.h"
+#include "decode_kernels.h"
+#include "key_scores_kernels.h"
 #include "prompt_attention_backward.h"
 #include "prompt_attention_forward.h"

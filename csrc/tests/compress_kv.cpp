@@ -96,7 +96,8 @@ void check_head(const CompressKv& p, int64_t head, const Numbers& key, const Num
 }
 
 void check_case(const Case& c, DType dtype, Merge merge, Isa isa) {
-  Numbers key(dtype, c.samples, c.heads, c.length, c.dim, 1), value(dtype, c.samples, c.heads, c.length, c.dim_value, 2);
+  Numbers key(dtype, c.samples, c.heads, c.length, c.dim, 1);
+  Numbers value(dtype, c.samples, c.heads, c.length, c.dim_value, 2);
   Numbers kept_key(dtype, c.samples, c.heads, c.slots, c.dim, 3);
   Numbers kept_value(dtype, c.samples, c.heads, c.slots, c.dim_value, 4);
   const std::vector<int64_t> index = some_positions(c);

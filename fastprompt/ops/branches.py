@@ -143,16 +143,12 @@ def _branch(
     if mask is None and not is_causal:
         d, q, o, level = map(_as_rows, (grad_out, query, out, lse))
         wanted = [needs[0], *nobody, *needs[1:]]
-        found = attention.backward(
-            d, None, q, none, none, key, value, None, None, o, level, False, scale, wanted
-        )
+        found = attention.backward(d, None, q, none, none, key, value, None, None, o, level, False, scale, wanted)
         return [found[0][0].unflatten(1, (batch, query.shape[2])).transpose(0, 1), *found[1:]] if needs[0] else found
     wide = torch.promote_types(query.dtype, torch.float32)
     d, q, o, none = (x.to(wide) for x in (grad_out, query, out, none))
     k, v = (x.to(wide).expand(batch, -1, -1, -1) for x in (key, value))
-    found = attention.backward(
-        d, None, q, k, v, none, none, None, mask, o, lse, is_causal, scale, needs + nobody
-    )
+    found = attention.backward(d, None, q, k, v, none, none, None, mask, o, lse, is_causal, scale, needs + nobody)
     inputs = [x for x, need in zip((query, key, value), needs, strict=True) if need]
     return [torch.empty_like(x).copy_(g.sum_to_size(x.shape)) for x, g in zip(inputs, found, strict=True)]
 

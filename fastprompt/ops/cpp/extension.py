@@ -30,17 +30,20 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"fastprompt._C does not load: {error}"
 
 
-@torch.compiler.assume_constant_result
 def missing() -> str:
     """Why there are no C++ kernels in this process; empty if there are."""
     return _load()[1]
 
 
-@torch.compiler.assume_constant_result
 def best_isa() -> str:
     """The highest level of this processor; empty where there are no C++ kernels."""
     module = _load()[0]
     return "" if module is None else module.isa
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of dynamo with fastprompt.
+for _constant in (missing, best_isa):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def compiler() -> str:
@@ -59,7 +62,7 @@ def operations() -> Any:
 def isa_number(isa: str | None) -> int:
     """What the kernels call a level; the best of this processor for None."""
     if isa is None:
-        return ISAS.index(best_isa())
+        isa = best_isa()
     if isa not in ISAS:
         raise ValueError(f"isa: got {isa!r}, expected one of {', '.join(map(repr, ISAS))}")
     if ISAS.index(isa) > ISAS.index(best_isa()):
