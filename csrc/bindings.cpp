@@ -12,6 +12,7 @@
 
 #include <optional>
 
+#include "compress_kv.h"
 #include "diffuse_prompts.h"
 #include "decode.h"
 #include "key_scores.h"
@@ -117,6 +118,18 @@ void prompt_attention_backward(const Tensor grad_out, MaybeTensor grad_lse, cons
   fastprompt::prompt_attention_backward(p, grads, level(isa), threads());
 }
 
+void compress_kv(const Tensor key, const Tensor value, const Tensor index, MaybeTensor valid, int64_t merge,
+                 bool merge_keys, int64_t isa, Tensor kept_key, Tensor kept_value) {
+  fastprompt::CompressKv p;
+  p.samples = key.size(0), p.heads = key.size(1), p.length = key.size(2), p.slots = index.size(2);
+  p.dim = key.size(3), p.dim_value = value.size(3);
+  p.key = rows(key), p.value = rows(value);
+  p.index = index.const_data_ptr<int64_t>();
+  p.valid = valid ? static_cast<const unsigned char*>(valid->data_ptr()) : nullptr;
+  p.merge = static_cast<fastprompt::Merge>(merge), p.merge_keys = merge_keys;
+  fastprompt::compress_kv(p, rows(kept_key), rows(kept_value), level(isa), threads());
+}
+
 // [sample, token, width], or [prompt, width].
 Rows token_rows(const Tensor& x) { return {x.data_ptr(), dtype_of(x), x.stride(0), 0, x.stride(1)}; }
 Rows token_rows(const MaybeTensor& x) { return x ? token_rows(*x) : Rows(); }
@@ -189,6 +202,9 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
       "int max_seqlen, Tensor out, Tensor lse, bool is_causal, float scale, int isa, Tensor(a!)? query_grad, "
       "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) -> ()");
   m.def(
+      "compress_kv(Tensor key, Tensor value, Tensor index, Tensor? valid, int merge, bool merge_keys, int isa, "
+      "Tensor(a!) kept_key, Tensor(b!) kept_value) -> ()");
+  m.def(
       "decode_blocks(Tensor query, Tensor key, Tensor value, Tensor block_key, Tensor block_value, Tensor ends, "
       "float scale, int isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
@@ -206,6 +222,7 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastprompt_cpp, CPU, m) {
   m.impl("prompt_attention", TORCH_BOX(&prompt_attention));
   m.impl("prompt_attention_backward", TORCH_BOX(&prompt_attention_backward));
+  m.impl("compress_kv", TORCH_BOX(&compress_kv));
   m.impl("decode_blocks", TORCH_BOX(&decode_blocks));
   m.impl("key_scores", TORCH_BOX(&key_scores));
   m.impl("diffuse_prompts", TORCH_BOX(&diffuse_prompts));

@@ -6,6 +6,8 @@
 #include "level.h"
 
 #include "amx.h"
+#include "compress_kv_amx.h"
+#include "compress_kv_levels.h"
 #include "key_scores_amx.h"
 #include "prompt_attention_amx_forward.h"
 #include "prompt_attention_amx_reduce.h"
@@ -18,6 +20,10 @@ void prompt_attention_forward(const PromptAttention& p, const Rows& out, const R
 
 void prompt_attention_backward(const PromptAttention& p, const PromptAttentionGrads& grads, const Threads& threads) {
   backward(p, grads, threads);
+}
+
+void compress_kv(const CompressKv& p, const Rows& key, const Rows& value, const Threads& threads) {
+  compress<TileSearch>(p, key, value, threads);
 }
 
 }  // namespace fastprompt::amx

@@ -8,5 +8,6 @@ void vec_scalar();
 void vec_avx2();
 void vec_avx512();
 void parallel();
+void compress_kv(bool small);
 
 }  // namespace fastprompt::tests

@@ -19,6 +19,10 @@ LIBRARY.define(
 LIBRARY.define(
     "merge_evicted(Tensor x, Tensor kept, Tensor order, Tensor starts, Tensor weight, float half, str impl) -> Tensor"
 )
+LIBRARY.define(
+    "merge_kv(Tensor key, Tensor value, Tensor index, Tensor? valid, str merge, bool merge_keys, str impl) "
+    "-> (Tensor, Tensor)"
+)
 
 
 def compress_kv(
@@ -91,6 +95,9 @@ def compress_kv(
     with without_autocast(key.device.type):
         index = reference.select_keys(scores.detach(), min(slots, key.shape[2]), budgets, protect, recent, valid)
         tracked = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+        if chosen == "cpp" and not tracked:
+            merged = torch.ops.fastprompt.merge_kv(key, value, index, valid, merge, merge_keys, chosen)
+            return *merged, index
         if merge == "drop" or chosen == "reference" or tracked:
             # Gradients are autograd's own, of the plain form.
             return *reference.merge_kv(key, value, index, merge, merge_keys, valid), index
@@ -151,7 +158,7 @@ def _slots(budget: int | Tensor, key: Tensor) -> tuple[int, Tensor | None]:
 def _merge(
     key: Tensor, value: Tensor, index: Tensor, merge: str, merge_keys: bool, valid: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """`reference.merge_kv` by kernels: the search, and sums over each survivor's own run of evicted pairs."""
+    """`reference.merge_kv` by kernels of a GPU: the search, and sums over each survivor's own run of evicted pairs."""
     kept_key, kept_value = reference.gather_kv(key, value, index)
     survivor, similarity = torch.ops.fastprompt.nearest_survivor(key, kept_key, index, impl)
     # Evicted pairs in the order of their survivors; what is kept or not valid sorts behind them all.
@@ -175,8 +182,13 @@ def _merge_evicted(*args):
     return backend("compress_kv", args[-1]).merge_evicted(*args[:-1])
 
 
+def _merge_kv(*args):
+    return backend("compress_kv", args[-1]).merge_kv(*args[:-1])
+
+
 LIBRARY.impl("nearest_survivor", _nearest_survivor, "CompositeExplicitAutograd")
 LIBRARY.impl("merge_evicted", _merge_evicted, "CompositeExplicitAutograd")
+LIBRARY.impl("merge_kv", _merge_kv, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastprompt::nearest_survivor", lib=LIBRARY)
@@ -187,3 +199,8 @@ def _fake_nearest(key, kept_key, index, impl):
 @torch.library.register_fake("fastprompt::merge_evicted", lib=LIBRARY)
 def _fake_merge(x, kept, *_):
     return torch.empty_like(kept)
+
+
+@torch.library.register_fake("fastprompt::merge_kv", lib=LIBRARY)
+def _fake_merge_kv(key, value, index, *_):
+    return tuple(x.new_empty(*index.shape, x.shape[-1]) for x in (key, value))

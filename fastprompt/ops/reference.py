@@ -159,7 +159,8 @@ def select_keys(
 ) -> Tensor:
     """Positions ``[B,Hkv,slots]`` of the keys to keep, ascending; -1 behind those of a head that keeps fewer."""
     length = scores.shape[2]
-    valid = torch.ones_like(scores[:, 0], dtype=torch.bool) if valid is None else valid
+    if valid is None:
+        valid = torch.ones(len(scores), length, dtype=torch.bool, device=scores.device)
     tier = torch.full(valid.shape, 2, device=scores.device)
     if protect is not None:
         tier = tier.masked_fill(protect, 1)
