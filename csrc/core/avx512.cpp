@@ -6,6 +6,8 @@
 // After level.h, whose target holds for what follows.
 #include "prompt_attention_levels.h"
 
+#include "decode_kernels.h"
+#include "key_scores_kernels.h"
 #include "prompt_attention_backward.h"
 #include "prompt_attention_forward.h"
 #endif

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <utility>
 #include <vector>
@@ -28,7 +29,9 @@
 // Own headers whose inline functions are shared by all levels.
 #include "isa.h"
 #include "parallel.h"
+#include "prompt_attention.h"
 #include "sample_chunks.h"
+#include "sample_runs.h"
 #include "scratch.h"
 #include "types.h"
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "prompt_attention.h"
 
+#include "amx.h"
 #include "prompt_attention_levels.h"
 
 namespace fastprompt {
@@ -10,6 +11,8 @@ void prompt_attention_forward(const PromptAttention& p, const Rows& out, const R
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::amx:
+      if (p.query.dtype == DType::bfloat16) return amx::prompt_attention_forward(p, out, lse, threads);
+      [[fallthrough]];
     case Isa::avx512: return avx512::prompt_attention_forward(p, out, lse, threads);
     case Isa::avx2: return avx2::prompt_attention_forward(p, out, lse, threads);
 #endif
@@ -22,6 +25,8 @@ void prompt_attention_backward(const PromptAttention& p, const PromptAttentionGr
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::amx:
+      if (p.query.dtype == DType::bfloat16) return amx::prompt_attention_backward(p, grads, threads);
+      [[fallthrough]];
     case Isa::avx512: return avx512::prompt_attention_backward(p, grads, threads);
     case Isa::avx2: return avx2::prompt_attention_backward(p, grads, threads);
 #endif
