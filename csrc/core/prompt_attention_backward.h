@@ -74,8 +74,9 @@ class Backward {
   void bring_near(const KeyHead* next) {
     ahead_.clear();
     if (!next) return;
+    // Where prompts alone are wanted, keys and values of the sample are not read.
     for (const Rows* rows : {&p_.key, &p_.value, &g_.key, &g_.value}) {
-      ahead_.add(*rows, next->sample, next->head, next->row, next->tk, p_.dim);
+      if (wants_.instance()) ahead_.add(*rows, next->sample, next->head, next->row, next->tk, p_.dim);
     }
     for (int64_t h = next->head * next->groups; h < (next->head + 1) * next->groups; ++h) {
       for (const Rows* rows : {&p_.query, &g_.grad_out, &g_.out, &g_.query}) {
