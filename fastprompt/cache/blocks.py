@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import prompt_attention
+from fastprompt.ops.dispatch import backend, choose
 
 #: Keys of a block on an accelerator.
 BLOCK = 64
@@ -42,6 +43,7 @@ class Blocks:
 
     def __post_init__(self):
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._ends: Tensor | None = None
         if self.key.shape[1] > 1:
             counts = torch.tensor(self.counts).flatten()
             # Whose block it is, and the blocks of every head: N where it has fewer than others.
@@ -57,6 +59,12 @@ class Blocks:
 
         And those of ``key [B,Hkv,T,D]``, if it is given, with ``value``.
         """
+        if self._in_one_call(query):
+            none = query.new_empty(*query.shape[:1], len(self.counts[0]), 0, query.shape[3])
+            shared = (none, none) if key is None or value is None else (key, value)
+            blocks = (self.key.flatten(0, 1), self.value.flatten(0, 1), self._last_keys())
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            return backend("decode_blocks", "cpp").forward(query, *shared, *blocks, scale)
         dim = query.shape[3]
         # The query heads of a key head are more rows of one head.
         rows = query.reshape(query.shape[0] * len(self.counts[0]), -1, dim).contiguous()
@@ -68,6 +76,19 @@ class Blocks:
             out = torch.lerp(out.to(lse.dtype), other, (level - lse).sigmoid().unsqueeze(-1)).to(query.dtype)
             lse = torch.logaddexp(lse, level)
         return out.view(query.shape), lse.view(query.shape[:3])
+
+    def _in_one_call(self, query: Tensor) -> bool:
+        """Whether the C++ kernel goes over the heads, which may have any number of keys."""
+        if self._tables is not None or query.requires_grad or query.dtype != self.key.dtype:
+            return False
+        return choose("prompt_attention", (query,)).impl == "cpp"
+
+    def _last_keys(self) -> Tensor:
+        """Where the keys of every head end, from a 0 on."""
+        if self._ends is None:
+            counts = [n for of_sample in self.counts for n in of_sample]
+            self._ends = torch.tensor(list(accumulate(counts, initial=0)))
+        return self._ends
 
     def _kernel(self, rows: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         """On a CPU what the operation calls, too, without its checks, which would cost more than a short head does."""

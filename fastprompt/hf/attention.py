@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from fastprompt.cache import Blocks
 from fastprompt.errors import UnsupportedModelError
 from fastprompt.ops import merge_states, prompt_attention
+from fastprompt.ops.dispatch import choose
 
 #: The registered name; without "sdpa", "flash" or "/", which transformers gives a meaning.
 NAME = "fastprompt"
@@ -113,7 +114,8 @@ def attention(
     prompt = None if child is None else child.key_value()
     split = getattr(child, "split", None)
     wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)
-    if prompt is None and split is None and wanted is not None and blocks is None:
+    plain = prompt is None and split is None and wanted is not None and blocks is None
+    if plain and not (layer is not None and _decodes(query)):
         found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -141,6 +143,11 @@ def attention(
     if layer is not None:
         layer.attended(query, lse, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _decodes(query: Tensor) -> bool:
+    """Whether this is a step of generation that our kernels were made for: they read grouped keys once."""
+    return query.shape[2] == 1 and query.device.type == "cpu" and choose("prompt_attention", (query,)).impl == "cpp"
 
 
 def _attend(
