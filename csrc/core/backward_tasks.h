@@ -96,8 +96,9 @@ inline void sum_queries(const BackwardPartials& partials, const KeyHead& head, i
 // prompt_keys() and prompt_values() are its sums, rows of whole vectors.
 template <class Engine, class EngineScratch>
 void backward_tasks(const PromptAttention& p, const PromptAttentionGrads& grads, const Threads& threads) {
-  const SampleChunks chunks(p);
   const BackwardWants wants(grads);
+  if (!wants.instance() && p.prompts == 0) return;
+  const SampleChunks chunks(p);
   const BackwardPartials partials{p, chunks, wants};
   const int64_t all = static_cast<int64_t>(chunks.chunks.size());
   const double work = 10.0 * static_cast<double>(p.samples * p.heads * p.tq * (p.prompts + p.tk) * p.dim);

@@ -49,12 +49,21 @@ inline void narrow(float x, Float16* to) {
   to->bits = static_cast<uint16_t>(sign | half);
 }
 
+// A vector of the compiler, not of a processor: it becomes what the target has, or four numbers.
+typedef float FourFloats __attribute__((vector_size(16)));
+
 struct Vec {
-  float v[4];
+  FourFloats v;
 
   Vec() = default;
   explicit Vec(float x) : v{x, x, x, x} {}
+  explicit Vec(FourFloats x) : v(x) {}
 
+  static Vec load(const float* p) {
+    Vec x;
+    std::memcpy(&x.v, p, sizeof x.v);
+    return x;
+  }
   template <class T>
   static Vec load(const T* p) {
     return load_first(p, kWidth);
@@ -65,7 +74,7 @@ struct Vec {
     for (int64_t i = 0; i < n && i < kWidth; ++i) x.v[i] = widen(p[i]);
     return x;
   }
-  void store(float* p) const { store_first(p, kWidth); }
+  void store(float* p) const { std::memcpy(p, &v, sizeof v); }
   template <class T>
   void store_first(T* p, int64_t n) const {
     for (int64_t i = 0; i < n && i < kWidth; ++i) narrow(v[i], p + i);
@@ -79,10 +88,10 @@ inline Vec lanes(Function f) {
   return x;
 }
 
-inline Vec operator+(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Vec operator-(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
-inline Vec operator*(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Vec operator/(Vec a, Vec b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
+inline Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+inline Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+inline Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+inline Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
 
 // a * b + c, rounded twice here.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -127,7 +136,11 @@ inline Vec sums(const Vec (&x)[1]) { return x[0]; }
 // Square of kWidth x kWidth floats, in place: row i becomes column i.
 inline void transpose(Vec (&x)[4]) {
   for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < i; ++j) std::swap(x[i].v[j], x[j].v[i]);
+    for (int j = 0; j < i; ++j) {
+      const float kept = x[i].v[j];
+      x[i].v[j] = x[j].v[i];
+      x[j].v[i] = kept;
+    }
   }
 }
 
