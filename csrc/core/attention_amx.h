@@ -47,21 +47,24 @@ inline int64_t rounded_prompt(const PromptAttention& p, const Rows& rows) {
 class Ahead {
  public:
   Ahead() = default;
-  // To be fetched in about `steps` calls.
-  Ahead(const PromptAttention& p, int64_t s, int64_t head_kv, int64_t steps)
-      : bytes_(p.dim * size_of(p.query.dtype)),
-        streams_{{query_rows(p, p.query, s, head_kv), p.queries_of(s) * p.groups()},
-                 {key_rows(p, p.key, s, head_kv), p.keys_of(s)},
-                 {key_rows(p, p.value, s, head_kv), p.keys_of(s)}} {
-    for (Stream& stream : streams_) stream.step = stream.count / std::max<int64_t>(steps, 1) + 1;
+  // Keys, values and queries of one key head; to be fetched in about `steps` calls.
+  Ahead(const PromptAttention& p, int64_t s, int64_t head_kv, int64_t steps) : bytes_(p.dim * 2), steps_(steps) {
+    add(query_rows(p, p.query, s, head_kv), p.queries_of(s) * p.groups());
+    add(key_rows(p, p.key, s, head_kv), p.keys_of(s));
+    add(key_rows(p, p.value, s, head_kv), p.keys_of(s));
+  }
+
+  void add(const HeadRows& rows, int64_t count) {
+    streams_[used_++] = {rows, count, count / std::max<int64_t>(steps_, 1) + 1, 0};
   }
 
   void fetch() {
-    for (Stream& stream : streams_) {
+    for (int i = 0; i < used_; ++i) {
+      Stream& stream = streams_[i];
       const int64_t end = std::min(stream.next + stream.step, stream.count);
       for (; stream.next < end; ++stream.next) {
         const char* row = stream.rows.at(stream.next);
-        for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
+        for (int64_t at = 0; at < bytes_; at += 64) __builtin_prefetch(row + at, 0, 2);
       }
     }
   }
@@ -69,11 +72,12 @@ class Ahead {
  private:
   struct Stream {
     HeadRows rows;
-    int64_t count, step = 0, next = 0;
+    int64_t count, step, next;
   };
 
-  int64_t bytes_ = 0;
-  Stream streams_[3] = {};
+  int64_t bytes_ = 0, steps_ = 0;
+  int used_ = 0;
+  Stream streams_[5] = {};
 };
 
 // How many instance keys query row r of a sample may see by causality.

@@ -77,6 +77,14 @@ class AttentionBackward {
     }
   }
 
+  // What the next call will read, if it is known.
+  void look_ahead(int64_t s, int64_t head_kv) {
+    const int64_t lanes = p_.queries_of(s) * p_.groups();
+    ahead_ = Ahead(p_, s, head_kv, tiles_of_32(p_.keys_of(s)));
+    ahead_.add(query_rows(p_, g_.grad_out, s, head_kv), lanes);
+    if (want_.scores()) ahead_.add(query_rows(p_, g_.out, s, head_kv), lanes);
+  }
+
   // One key head of a sample: piece `range` of `ranges` of its instance keys, prompts with the first. dQ goes to
   // `grad_query`, tiles [rows / 16][dims / 16], or, if that is null, to where it belongs.
   void sample(int64_t s, int64_t head_kv, int64_t range, int64_t ranges, float* grad_query) {
@@ -220,6 +228,7 @@ class AttentionBackward {
       for (int64_t x = 0; x < panel.count; x += 32) {
         const int64_t begin = first_lane(panel, causal, x), first = std::max(from, begin);
         if (first >= to) continue;
+        ahead_.fetch();
         for (int64_t lane = first; lane < to; lane += 32) scores_block(panel, causal, x, from, lane, wide);
         sum_keys(panel, x, from, first, to, panel.add || first > begin);
       }
@@ -363,6 +372,7 @@ class AttentionBackward {
   BFloat16 *weights_, *slopes_, *slope_rows_;
   float *lse_, *delta_, *grad_query_, *grad_key_, *grad_value_;
   float *prompt_grad_key_ = nullptr, *prompt_grad_value_ = nullptr, *sums_query_ = nullptr;
+  Ahead ahead_;
   HeadRows queries_{};
   int64_t lanes_ = 0;
   bool first_panel_ = true;
