@@ -43,19 +43,23 @@ inline int64_t rounded_prompt(const PromptAttention& p, const Rows& rows) {
   return rows.dtype == DType::bfloat16 ? 0 : p.prompts * p.dim;
 }
 
-// Rows that a task will read next, fetched while it computes: from the last cache they take longer than their packing.
+// Rows that are read or written soon, fetched while there is something to compute: from the last cache they take longer
+// than their packing.
 class Ahead {
  public:
   Ahead() = default;
-  // Keys, values and queries of one key head; to be fetched in about `steps` calls.
-  Ahead(const PromptAttention& p, int64_t s, int64_t head_kv, int64_t steps) : bytes_(p.dim * 2), steps_(steps) {
+  // To be fetched in about `steps` calls.
+  Ahead(int64_t dim, int64_t steps) : bytes_(dim * 2), steps_(std::max<int64_t>(steps, 1)) {}
+
+  // Keys, values and queries of one key head.
+  void add_inputs(const PromptAttention& p, int64_t s, int64_t head_kv) {
     add(query_rows(p, p.query, s, head_kv), p.queries_of(s) * p.groups());
     add(key_rows(p, p.key, s, head_kv), p.keys_of(s));
     add(key_rows(p, p.value, s, head_kv), p.keys_of(s));
   }
 
   void add(const HeadRows& rows, int64_t count) {
-    streams_[used_++] = {rows, count, count / std::max<int64_t>(steps_, 1) + 1, 0};
+    if (rows.rows) streams_[used_++] = {rows, count, count / steps_ + 1, 0};
   }
 
   void fetch() {
@@ -75,9 +79,9 @@ class Ahead {
     int64_t count, step, next;
   };
 
-  int64_t bytes_ = 0, steps_ = 0;
+  int64_t bytes_ = 0, steps_ = 1;
   int used_ = 0;
-  Stream streams_[5] = {};
+  Stream streams_[8] = {};
 };
 
 // How many instance keys query row r of a sample may see by causality.

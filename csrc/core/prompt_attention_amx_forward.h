@@ -36,7 +36,10 @@ class AttentionForward {
   }
 
   // What the next call will want, if it is known, and how many blocks of 32 rows this one has.
-  void look_ahead(int64_t s, int64_t head_kv, int64_t blocks) { ahead_ = Ahead(p_, s, head_kv, blocks); }
+  void look_ahead(int64_t s, int64_t head_kv, int64_t blocks) {
+    ahead_ = Ahead(p_.dim, blocks);
+    ahead_.add_inputs(p_, s, head_kv);
+  }
 
   // Query rows [from, to) of one key head of a sample.
   void attend(int64_t s, int64_t head_kv, int64_t from, int64_t to) {

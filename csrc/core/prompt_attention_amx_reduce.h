@@ -76,11 +76,10 @@ class BackwardTasks {
       const bool partial = want_.query && ranges > 1;
       if (ranges_ == 1) {
         // The next sample of this run, or the first of the task that this thread is likely to take.
-        const int64_t later = i + 1 < run.end ? task : task + stride;
-        if (later < runs() * p_.heads_kv) {
-          const int64_t place = later == task ? i + 1 : found_.runs[static_cast<size_t>(later / p_.heads_kv)].begin;
-          kernel.look_ahead(found_.order[static_cast<size_t>(place)], later % p_.heads_kv);
-        }
+        const int64_t next = i + 1 < run.end ? task : task + stride;
+        const bool known = next < runs() * p_.heads_kv;
+        const int64_t place = next == task ? i + 1 : known ? found_.runs[static_cast<size_t>(next / p_.heads_kv)].begin : 0;
+        kernel.look_ahead(s, head_kv, known ? found_.order[static_cast<size_t>(place)] : -1, next % p_.heads_kv);
       }
       kernel.sample(s, head_kv, range, ranges, partial ? query_sums(s, head_kv, range) : nullptr);
     }
