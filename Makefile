@@ -11,15 +11,18 @@ BIN    := $(VENV)/bin
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp a set of extras: installing again is cheap and happens only when pyproject.toml changes.
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo]"
+# One stamp a set of extras: installing again happens only when what is installed or compiled changes. Without build
+# isolation, since the C++ kernels compile against the torch that is here; without a compiler they are left out.
+BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/core/*)
+
+$(VENV)/.demo: $(BUILT_FROM) | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[demo]"
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+$(VENV)/.dev: $(BUILT_FROM) | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/.demo
@@ -84,6 +87,7 @@ bench: $(VENV)/.dev
 	$(call BENCH,key_scores) --rounds 5 --set tokens=1024,4096,8192,16384
 	$(call BENCH,prefill_compress) --rounds 5
 	$(call BENCH,decode) --rounds 5
+	$(call BENCH,decode_attention) --rounds $(ROUNDS) --set tokens=1024,8192,32768 $(DTYPES)
 ifeq ($(DEVICE),cpu)
 	$(call BENCH,cpu_candidates) --rounds $(ROUNDS) --set prompts=10,100 $(DTYPES)
 endif

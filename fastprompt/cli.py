@@ -159,6 +159,7 @@ def _info(args: argparse.Namespace) -> None:
     import torch
 
     from fastprompt.data import assets
+    from fastprompt.ops.cpp.extension import ISAS, best_isa, compiler, missing
     from fastprompt.ops.dispatch import tuned_file
     from fastprompt.tuning.images import best_autocast
 
@@ -182,6 +183,8 @@ def _info(args: argparse.Namespace) -> None:
             print(f"  {package:<13} not installed")
     bf16 = "in hardware" if best_autocast() else "emulated"
     print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bfloat16 {bf16}")
+    kernels = missing() or f"{best_isa()} is the best of this processor (of {', '.join(ISAS)}), built by {compiler()}"
+    print(f"C++ kernels: {kernels}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cuda: {', '.join(gpus) or 'none'}")
     device = "cuda" if gpus else "cpu"

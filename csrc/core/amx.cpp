@@ -6,6 +6,7 @@
 #include "level.h"
 
 #include "amx.h"
+#include "key_scores_amx.h"
 #include "prompt_attention_amx_forward.h"
 #include "prompt_attention_amx_reduce.h"
 

@@ -29,10 +29,11 @@ class TileScope {
 };
 
 // Tiles of a product's operand. `across`: from one tile of rows of A (columns of B) to the next, `along` the sum; both
-// in tiles.
+// in `unit` halves. Rows of a tile of A may lie `a_stride` bytes apart: rows of a matrix are read where they are.
 struct Operand {
   const BFloat16* data;
   int64_t across, along;
+  int64_t unit = kTileHalves, a_stride = 64;
 };
 
 // Tiles of C and the way between them.
@@ -60,19 +61,19 @@ inline void multiply_block(const Operand& a, const Operand& b, int64_t depth, co
     if constexpr (M == 2) _tile_zero(2);
     if constexpr (M == 2 && N == 2) _tile_zero(3);
   }
-  const BFloat16 *a0 = a.data, *a1 = a0 + a.across * kTileHalves;
+  const BFloat16 *a0 = a.data, *a1 = a0 + a.across * a.unit;
   const BFloat16 *b0 = b.data, *b1 = b0 + b.across * kTileHalves;
-  const int64_t step_a = a.along * kTileHalves, step_b = b.along * kTileHalves;
+  const int64_t step_a = a.along * a.unit, step_b = b.along * kTileHalves;
   for (int64_t k = 0; k < depth; ++k) {
     _tile_loadd(6, b0 + k * step_b, 64);
-    _tile_loadd(4, a0 + k * step_a, 64);
+    _tile_loadd(4, a0 + k * step_a, a.a_stride);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N == 2) {
       _tile_loadd(7, b1 + k * step_b, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (M == 2) {
-      _tile_loadd(5, a1 + k * step_a, 64);
+      _tile_loadd(5, a1 + k * step_a, a.a_stride);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (N == 2) _tile_dpbf16ps(3, 5, 7);
     }
@@ -102,7 +103,7 @@ inline void multiply(Operand a, const Operand& b, int64_t rows, int64_t columns,
       right.data += 2 * b.across * kTileHalves;
       out.data += 2 * c.column * kTileFloats;
     }
-    a.data += 2 * a.across * kTileHalves;
+    a.data += 2 * a.across * a.unit;
     c.data += 2 * c.row * kTileFloats;
   }
 }
@@ -214,6 +215,17 @@ inline __m512 exp2_to_round(__m512 x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99999926145f));
   const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(moved), 23);
   return _mm512_castsi512_ps(_mm512_maskz_add_epi32(some, _mm512_castps_si512(p), power));
+}
+
+// 2^x for any x, as far off; the largest and smallest results are infinity and denormal numbers.
+inline __m512 exp2_of_any_to_round(__m512 x) {
+  const __m512 f = fraction(Vec(x)).v;
+  __m512 p = _mm512_set1_ps(0x1.bb7cd44797bbep-7f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.aa13f04c08388p-5f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ee798a4575502p-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62d1660a1c93ap-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.00002b827133ap+0f));
+  return _mm512_scalef_ps(p, x);
 }
 
 // log2(x) for x >= 0 to about one unit in the last place of max(1, result): 0 gives -inf, NaN stays NaN.

@@ -27,9 +27,11 @@
 #endif
 
 // Own headers whose inline functions are shared by all levels.
+#include "diffuse_prompts.h"
 #include "isa.h"
 #include "parallel.h"
 #include "prompt_attention.h"
+#include "sample_chunks.h"
 #include "sample_runs.h"
 #include "scratch.h"
 #include "types.h"

@@ -40,6 +40,24 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// Memory of one call, shared by its tasks; uninitialised.
+class CallMemory {
+ public:
+  explicit CallMemory(int64_t bytes) {
+    if (bytes == 0) return;
+    data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(round_up(bytes, kAlignment))));
+    if (!data_) throw std::bad_alloc();
+  }
+  ~CallMemory() { std::free(data_); }
+  CallMemory(const CallMemory&) = delete;
+  CallMemory& operator=(const CallMemory&) = delete;
+
+  std::byte* data() const { return data_; }
+
+ private:
+  std::byte* data_ = nullptr;
+};
+
 // Cuts a buffer into aligned arrays. Without a buffer it only counts: run the same cuts once to learn the size.
 class Cutter {
  public:

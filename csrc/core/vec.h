@@ -19,6 +19,20 @@
 namespace fastprompt::FASTPROMPT_NAMESPACE {
 
 // 2^x, at most 1.5 units in the last place off: -inf and what is below the smallest denormal give 0, NaN stays NaN.
+#if FASTPROMPT_LEVEL >= 2
+inline Vec exp2(Vec x) {
+  // On [0, 1): two instructions do all the rest, the infinities included.
+  const Vec f = fraction(x);
+  Vec p(0x1.c72118c6c4887p-13f);
+  p = fma(p, f, Vec(0x1.461954f55e16ap-10f));
+  p = fma(p, f, Vec(0x1.3d2800c54393fp-7f));
+  p = fma(p, f, Vec(0x1.c68500697d991p-5f));
+  p = fma(p, f, Vec(0x1.ebfd9ed28f975p-3f));
+  p = fma(p, f, Vec(0x1.62e42955d53f2p-1f));
+  p = fma(p, f, Vec(1.0f));
+  return scale_by_power(p, x);
+}
+#else
 inline Vec exp2(Vec x) {
   x = max(x, Vec(-200.0f));  // max(x, bound) is x where x is NaN
   const Vec whole = round(x), f = x - whole;
@@ -31,6 +45,7 @@ inline Vec exp2(Vec x) {
   p = fma(p, f, Vec(1.0f));
   return scale_by_power(p, whole);
 }
+#endif
 
 // Elements of any storage type, as float.
 inline Vec load(const void* at, DType dtype, int64_t offset) {
@@ -50,7 +65,7 @@ inline Vec load_first(const void* at, DType dtype, int64_t offset, int64_t n) {
   }
 }
 
-// Rounded once, to nearest even; NaN stays NaN.
+// Rounded once, to nearest even; NaN stays NaN. For x < inf.
 inline void store_first(Vec x, void* at, DType dtype, int64_t offset, int64_t n) {
   switch (dtype) {
     case DType::bfloat16: return x.store_first(static_cast<BFloat16*>(at) + offset, n);

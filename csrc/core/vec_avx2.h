@@ -100,6 +100,18 @@ inline float sum(Vec x) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
+// Lane i of the result is the sum of the lanes of the i-th of 8 vectors, in a fixed order. They come four at a time:
+// `sums_of_four` of each four, then `sums` of those.
+inline Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+  return Vec(_mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee)));
+}
+inline Vec sums(const Vec (&x)[2]) {
+  const __m256 low = _mm256_permute2f128_ps(x[0].v, x[1].v, 0x20), high = _mm256_permute2f128_ps(x[0].v, x[1].v, 0x31);
+  return Vec(_mm256_add_ps(low, high));
+}
+
 // Square of kWidth x kWidth floats, in place: row i becomes column i.
 inline void transpose(Vec (&x)[8]) {
   __m256 t[8], u[8];

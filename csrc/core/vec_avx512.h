@@ -64,7 +64,10 @@ inline Vec max(Vec x, Vec bound) { return Vec(_mm512_max_ps(bound.v, x.v)); }
 // To the nearest whole number.
 inline Vec round(Vec x) { return Vec(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 
-// x * 2^n for whole n, denormal results included.
+// What the next lower whole number leaves of x: in [0, 1), 0 for infinities.
+inline Vec fraction(Vec x) { return Vec(_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)); }
+
+// x * 2^floor(n), denormal results included.
 inline Vec scale_by_power(Vec x, Vec n) { return Vec(_mm512_scalef_ps(x.v, n.v)); }
 
 // a where condition < bound, else b.
@@ -74,6 +77,21 @@ inline Vec select_less(Vec condition, Vec bound, Vec a, Vec b) {
 
 // Lanes in a fixed order of pairs.
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x.v); }
+
+// Lane i of the result is the sum of the lanes of the i-th of 16 vectors, in a fixed order. They come four at a time:
+// `sums_of_four` of each four, then `sums` of those.
+inline Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  return Vec(_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y))));
+}
+inline __m512 sums_of_pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+inline Vec sums(const Vec (&x)[4]) {
+  return Vec(sums_of_pairs(sums_of_pairs(x[0].v, x[1].v), sums_of_pairs(x[2].v, x[3].v)));
+}
 
 // Square of kWidth x kWidth floats, in place: row i becomes column i.
 inline void transpose(Vec (&x)[16]) {

@@ -116,6 +116,14 @@ inline Vec select_less(Vec condition, Vec bound, Vec a, Vec b) {
 // Lanes in a fixed order of pairs.
 inline float sum(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
 
+// Lane i of the result is the sum of the lanes of the i-th of 4 vectors; other levels have more than one four.
+inline Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
+  Vec x;
+  x.v[0] = sum(a), x.v[1] = sum(b), x.v[2] = sum(c), x.v[3] = sum(d);
+  return x;
+}
+inline Vec sums(const Vec (&x)[1]) { return x[0]; }
+
 // Square of kWidth x kWidth floats, in place: row i becomes column i.
 inline void transpose(Vec (&x)[4]) {
   for (int i = 0; i < 4; ++i) {

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fastprompt import config
 from fastprompt.errors import ImplUnavailableError
+from fastprompt.ops.cpp import wins
 
 IMPLS = ("auto", "reference", "triton", "cpp")
 
 #: Where the launchers of the fast implementations live; one module an operation, with ``forward`` and ``backward``.
-BACKENDS = {"triton": "fastprompt.kernels", "cpu": "fastprompt.ops.cpu"}
+BACKENDS = {"triton": "fastprompt.kernels", "cpp": "fastprompt.ops.cpp", "cpu": "fastprompt.ops.cpu"}
 
 #: The operations that have a Triton kernel, and the head sizes those take.
 TRITON_OPS = (
@@ -32,6 +33,9 @@ TRITON_OPS = (
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 #: Those of diffusion models beside them: Stable Diffusion 1.5 has heads of 40, 80 and 160.
 MORE_HEAD_SIZES = {"decoupled_attention": (40, 160)}
+
+#: The operations that have C++ kernels for the CPU; `fastprompt.ops.cpp.wins` says where they win.
+CPP_OPS = tuple(wins.LEAST_ISA)
 
 #: Prompts whose scores a program of `diffuse_prompts` can hold.
 MOST_PROMPTS = 512
@@ -76,6 +80,8 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
         return [] if device == "cpu" else [f"composed of PyTorch's CPU kernels; the tensors are on {device}"]
     if impl == "triton" and op in TRITON_OPS:
         return _reasons_against_triton(tensors, by_name) + _reasons_of_size(op, tensors)
+    if impl == "cpp" and op in CPP_OPS:
+        return _reasons_against_cpp(op, tensors, by_name)
     return [f"no {impl} kernel for {op} in this build"]
 
 
@@ -97,6 +103,12 @@ def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[st
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {query.dtype} is not float16, bfloat16 or float32")
     return reasons
+
+
+def _reasons_against_cpp(op: str, tensors: Sequence[Tensor], by_name: bool) -> list[str]:
+    if tensors[0].device.type != "cpu":
+        return [f"the tensors are on {tensors[0].device.type}, not on the CPU"]
+    return wins.reasons_against(op, tensors, by_name)
 
 
 def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
@@ -173,7 +185,7 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
 
     Example:
         >>> import torch, fastprompt
-        >>> x = torch.zeros(1, 2, 4, 8)
+        >>> x = torch.zeros(1, 2, 4, 8, dtype=torch.float64)
         >>> fastprompt.explain(fastprompt.ops.prompt_attention, x, x, x, x, x).impl
         'cpu'
     """

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastprompt.ops.layouts import dense_rows
+
 # Scores of one tile (elements): close to the caches, and large enough that a step is not all thread barriers.
 TILE = 1 << 22
 # Prompt columns kept for the reduction over the batch (elements): bounds the workspace of the backward.
@@ -94,11 +96,6 @@ class _Groups:
     def of_keys(self, x: Tensor) -> Tensor:
         """Gradients of what `keys` gave, summed for every key head."""
         return x if self.fold or self.count == 1 else x.unflatten(1, (self.heads_kv, self.count)).sum(2)
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """PyTorch's flash kernels take any strides but need dense rows."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def forward(

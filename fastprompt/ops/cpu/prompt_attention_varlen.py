@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastprompt.ops.checks import without_autocast
 from fastprompt.ops.cpu import windows
-from fastprompt.ops.cpu.prompt_attention import dense_rows
+from fastprompt.ops.layouts import dense_rows
 
 # Scores of one tile of the backward (elements).
 TILE = 1 << 20

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprompt.ops.cpu.prompt_attention import dense_rows
+from fastprompt.ops.layouts import dense_rows
 
 # Weights of one tile (elements): few enough for the caches.
 TILE = 1 << 20

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C++ kernels as PyTorch operations `fastprompt_cpp::*`, on the stable ABI: pointers and strides in, nothing else.
+//
+// Shapes, dtypes, devices and indices are checked and outputs allocated by fastprompt/ops; these operations are its
+// private way down. `isa` is a level of isa.h, -1 for the best of this processor.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "diffuse_prompts.h"
+#include "prompt_attention.h"
+
+namespace {
+
+using fastprompt::DiffusePrompts;
+using fastprompt::DiffusePromptsGrads;
+using fastprompt::DType;
+using fastprompt::Isa;
+using fastprompt::Mask;
+using fastprompt::PromptAttention;
+using fastprompt::PromptAttentionGrads;
+using fastprompt::Rows;
+using fastprompt::Threads;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::Bool: return DType::boolean;
+    default: STD_TORCH_CHECK(false, "fastprompt_cpp: unexpected dtype");
+  }
+}
+
+// The level to run at; one that this processor lacks is an error and never a fault.
+Isa level(int64_t isa) {
+  if (isa < 0) return fastprompt::best_isa();
+  STD_TORCH_CHECK(isa <= static_cast<int64_t>(fastprompt::best_isa()), "fastprompt_cpp: this processor has no level ",
+                  isa);
+  return static_cast<Isa>(isa);
+}
+
+Threads threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int count, void (*body)(void*), void* context) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(context);
+            });
+          }};
+}
+
+// [sample, head, row, dim], or packed [row, head, dim].
+Rows rows(const Tensor& x, bool packed = false) {
+  if (packed) return {x.data_ptr(), dtype_of(x), 0, x.stride(1), x.stride(0)};
+  return {x.data_ptr(), dtype_of(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Rows rows(const MaybeTensor& x, bool packed = false) { return x ? rows(*x, packed) : Rows(); }
+
+Mask mask_of(const MaybeTensor& x) {
+  if (!x) return {};
+  return {x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1), x->stride(2), x->stride(3)};
+}
+
+PromptAttention problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prompt_key,
+                        const Tensor& prompt_value, const MaybeTensor& prompt_index, const MaybeTensor& attn_mask,
+                        const MaybeTensor& cu_seqlens, int64_t max_seqlen, bool is_causal, double scale) {
+  const bool packed = cu_seqlens.has_value();
+  PromptAttention p;
+  p.samples = packed ? cu_seqlens->size(0) - 1 : query.size(0);
+  p.heads = query.size(1), p.heads_kv = key.size(1), p.dim = query.size(packed ? 2 : 3);
+  p.tq = packed ? max_seqlen : query.size(2), p.tk = packed ? max_seqlen : key.size(2);
+  p.bank = prompt_key.size(0), p.prompts = prompt_key.size(2);
+  p.prompt_index = prompt_index ? prompt_index->const_data_ptr<int64_t>() : nullptr;
+  p.cu_seqlens = packed ? cu_seqlens->const_data_ptr<int32_t>() : nullptr;
+  p.query = rows(query, packed), p.key = rows(key, packed), p.value = rows(value, packed);
+  p.prompt_key = rows(prompt_key), p.prompt_value = rows(prompt_value);
+  p.mask = mask_of(attn_mask);
+  p.causal = is_causal, p.scale = static_cast<float>(scale);
+  return p;
+}
+
+void prompt_attention(const Tensor query, const Tensor key, const Tensor value, const Tensor prompt_key,
+                      const Tensor prompt_value, MaybeTensor prompt_index, MaybeTensor attn_mask,
+                      MaybeTensor cu_seqlens, int64_t max_seqlen, bool is_causal, double scale, int64_t isa, Tensor out,
+                      Tensor lse) {
+  const bool packed = cu_seqlens.has_value();
+  const auto p = problem(query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, cu_seqlens, max_seqlen,
+                         is_causal, scale);
+  fastprompt::prompt_attention_forward(p, rows(out, packed), rows(lse, packed), level(isa), threads());
+}
+
+void prompt_attention_backward(const Tensor grad_out, MaybeTensor grad_lse, const Tensor query, const Tensor key,
+                               const Tensor value, const Tensor prompt_key, const Tensor prompt_value,
+                               MaybeTensor prompt_index, MaybeTensor attn_mask, MaybeTensor cu_seqlens,
+                               int64_t max_seqlen, const Tensor out, const Tensor lse, bool is_causal, double scale,
+                               int64_t isa, MaybeTensor query_grad, MaybeTensor key_grad, MaybeTensor value_grad,
+                               MaybeTensor prompt_key_grad, MaybeTensor prompt_value_grad) {
+  const bool packed = cu_seqlens.has_value();
+  const auto p = problem(query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, cu_seqlens, max_seqlen,
+                         is_causal, scale);
+  PromptAttentionGrads grads;
+  grads.grad_out = rows(grad_out, packed), grads.grad_lse = rows(grad_lse, packed);
+  grads.out = rows(out, packed), grads.lse = rows(lse, packed);
+  grads.query = rows(query_grad, packed), grads.key = rows(key_grad, packed), grads.value = rows(value_grad, packed);
+  grads.prompt_key = rows(prompt_key_grad), grads.prompt_value = rows(prompt_value_grad);
+  fastprompt::prompt_attention_backward(p, grads, level(isa), threads());
+}
+
+// [sample, token, width], or [prompt, width].
+Rows token_rows(const Tensor& x) { return {x.data_ptr(), dtype_of(x), x.stride(0), 0, x.stride(1)}; }
+Rows token_rows(const MaybeTensor& x) { return x ? token_rows(*x) : Rows(); }
+Rows table(const Tensor& x) { return {x.data_ptr(), dtype_of(x), 0, 0, x.stride(0)}; }
+Rows table(const MaybeTensor& x) { return x ? table(*x) : Rows(); }
+
+DiffusePrompts diffusion(const Tensor& x, const MaybeTensor& base, const Tensor& prompts, const Tensor& keys,
+                         double factor, bool softmax, bool rowmax) {
+  DiffusePrompts p;
+  p.samples = x.size(0), p.tokens = x.size(1), p.width = x.size(2), p.prompts = prompts.size(0);
+  p.x = token_rows(x), p.base = token_rows(base), p.values = table(prompts), p.keys = table(keys);
+  p.factor = static_cast<float>(factor), p.softmax = softmax, p.rowmax = rowmax;
+  return p;
+}
+
+void diffuse_prompts(const Tensor x, const Tensor base, const Tensor prompts, const Tensor keys, double factor,
+                     bool softmax, bool rowmax, int64_t isa, Tensor out) {
+  const auto p = diffusion(x, base, prompts, keys, factor, softmax, rowmax);
+  fastprompt::diffuse_prompts_forward(p, token_rows(out), level(isa), threads());
+}
+
+void diffuse_prompts_backward(const Tensor grad_out, const Tensor x, MaybeTensor base, const Tensor prompts,
+                              const Tensor keys, double factor, bool softmax, bool rowmax, int64_t isa,
+                              MaybeTensor x_grad, MaybeTensor base_grad, MaybeTensor prompts_grad,
+                              MaybeTensor keys_grad, MaybeTensor log_scale_grad) {
+  const auto p = diffusion(x, base, prompts, keys, factor, softmax, rowmax);
+  DiffusePromptsGrads grads;
+  grads.grad_out = token_rows(grad_out), grads.x = token_rows(x_grad), grads.base = token_rows(base_grad);
+  grads.values = table(prompts_grad), grads.keys = table(keys_grad);
+  grads.log_scale = log_scale_grad ? log_scale_grad->mutable_data_ptr<float>() : nullptr;
+  fastprompt::diffuse_prompts_backward(p, grads, level(isa), threads());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
+  m.def(
+      "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
+      "Tensor? prompt_index, Tensor? attn_mask, Tensor? cu_seqlens, int max_seqlen, bool is_causal, float scale, "
+      "int isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "prompt_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor prompt_key, Tensor prompt_value, Tensor? prompt_index, Tensor? attn_mask, Tensor? cu_seqlens, "
+      "int max_seqlen, Tensor out, Tensor lse, bool is_causal, float scale, int isa, Tensor(a!)? query_grad, "
+      "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) -> ()");
+  m.def(
+      "diffuse_prompts(Tensor x, Tensor base, Tensor prompts, Tensor keys, float factor, bool softmax, bool rowmax, "
+      "int isa, Tensor(a!) out) -> ()");
+  m.def(
+      "diffuse_prompts_backward(Tensor grad_out, Tensor x, Tensor? base, Tensor prompts, Tensor keys, float factor, "
+      "bool softmax, bool rowmax, int isa, Tensor(a!)? x_grad, Tensor(b!)? base_grad, Tensor(c!)? prompts_grad, "
+      "Tensor(d!)? keys_grad, Tensor(e!)? log_scale_grad) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastprompt_cpp, CPU, m) {
+  m.impl("prompt_attention", TORCH_BOX(&prompt_attention));
+  m.impl("prompt_attention_backward", TORCH_BOX(&prompt_attention_backward));
+  m.impl("diffuse_prompts", TORCH_BOX(&diffuse_prompts));
+  m.impl("diffuse_prompts_backward", TORCH_BOX(&diffuse_prompts_backward));
+}
+
+#ifdef __clang__
+#define FASTPROMPT_COMPILER __VERSION__
+#else
+#define FASTPROMPT_COMPILER "GCC " __VERSION__
+#endif
+
+// `import fastprompt._C` loads the library, which registers the operations; the module itself tells what was built.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
+                                   nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (!module) return nullptr;
+  if (PyModule_AddStringConstant(module, "compiler", FASTPROMPT_COMPILER) ||
+      PyModule_AddStringConstant(module, "isa", fastprompt::isa_name(fastprompt::best_isa()))) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#define FASTPROMPT_LEVEL 0
+#include "level.h"
+
+// After level.h, whose target holds for what follows.
+#include "prompt_attention_levels.h"
+
+#include "decode_kernels.h"
+#include "key_scores_kernels.h"
+#include "prompt_attention_backward.h"
+#include "prompt_attention_forward.h"

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where ``impl="auto"`` takes the C++ kernels: the one table, with the files of the measurements behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastprompt.ops.cpp.extension import ISAS, best_isa, missing
+
+#: The least level, for an operation and a dtype, at which C++ was measured to be faster than PyTorch's kernels.
+LEAST_ISA: dict[str, dict[str, str]] = {
+    # bench/results/decoupled_attention-cpu.jsonl
+    "decoupled_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+    # bench/results/diffuse_prompts-cpu.jsonl
+    "diffuse_prompts": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+    # bench/results/prompt_attention-cpu.jsonl
+    "prompt_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+    # bench/results/prompt_attention_varlen-cpu.jsonl
+    "prompt_attention_varlen": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+}
+
+#: The largest head size that the kernels of attention take.
+MOST_DIM = 256
+
+
+def reasons_against(op: str, tensors: Sequence[Tensor], by_name: bool) -> list[str]:
+    """Why the C++ kernels cannot run ``op`` on these CPU tensors, or, unless asked for by name, would not win."""
+    if missing():
+        return [missing()]
+    dtype, reasons = str(tensors[0].dtype).removeprefix("torch."), []
+    least = LEAST_ISA[op].get(dtype)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        reasons.append(f"dtype {dtype} is not float16, bfloat16 or float32")
+    elif not by_name and least is None:
+        reasons.append(f"PyTorch's kernels were measured to be as fast in {dtype}")
+    elif not by_name and least is not None and ISAS.index(best_isa()) < ISAS.index(least):
+        reasons.append(f"in {dtype} it was measured to win from {least} on; this processor has {best_isa()}")
+    if op != "diffuse_prompts" and tensors[0].shape[-1] > MOST_DIM:
+        reasons.append(f"head size {tensors[0].shape[-1]} is more than {MOST_DIM}")
+    return reasons
