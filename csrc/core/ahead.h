@@ -9,7 +9,7 @@ namespace fastprompt::FASTPROMPT_NAMESPACE {
 
 class Ahead {
  public:
-  void clear() { count_ = next_ = 0; }
+  void clear() { count_ = next_ = 0, lines_ = 0; }
 
   // Rows [first, first + count) of one head. More than the near cache holds would drive out what is in use.
   void add(const Rows& rows, int64_t sample, int64_t head, int64_t first, int64_t count, int64_t dim) {
@@ -18,23 +18,29 @@ class Ahead {
     if (!rows || count_ == kRegions || count <= 0 || bytes * count > most || pitch < 0) return;
     const char* at = rows.at(sample, head, first);
     if (pitch <= bytes + kLine) {
-      regions_[count_++] = {at, 0, 1, std::max<int64_t>((count - 1) * pitch + bytes, 0)};
+      regions_[count_++] = {at, 0, 1, (count - 1) * pitch + bytes};
     } else {
       regions_[count_++] = {at, pitch, count, bytes};
     }
+    lines_ += count * (bytes / kLine + 1);
   }
+
+  // All is to be near after about this many steps.
+  void spread(int64_t steps) { step_ = (lines_ / steps + 1) * kLine; }
 
   // The next few lines.
   void step() {
-    if (next_ == count_) return;
-    Region& region = regions_[next_];
-    const int64_t end = std::min(done_ + kLinesAStep * kLine, region.bytes);
-    for (int64_t i = done_; i < end; i += kLine) __builtin_prefetch(region.at + i, 0, 2);
-    done_ = end;
-    if (done_ < region.bytes) return;
-    done_ = 0;
-    region.at += region.pitch;
-    if (--region.rows == 0) ++next_;
+    for (int64_t left = step_; left > 0 && next_ < count_;) {
+      Region& region = regions_[next_];
+      const int64_t end = std::min(done_ + left, region.bytes);
+      for (int64_t i = done_; i < end; i += kLine) __builtin_prefetch(region.at + i, 0, 2);
+      left -= end - done_;
+      done_ = end;
+      if (done_ < region.bytes) return;
+      done_ = 0;
+      region.at += region.pitch;
+      if (--region.rows == 0) ++next_;
+    }
   }
 
  private:
@@ -42,12 +48,12 @@ class Ahead {
     const char* at;
     int64_t pitch, rows, bytes;
   };
-  static constexpr int64_t kLine = 64, kLinesAStep = 16;
+  static constexpr int64_t kLine = 64;
   static constexpr int kRegions = 16;
 
   Region regions_[kRegions];
   int count_ = 0, next_ = 0;
-  int64_t done_ = 0;
+  int64_t lines_ = 0, step_ = 0, done_ = 0;
 };
 
 }  // namespace fastprompt::FASTPROMPT_NAMESPACE

@@ -38,17 +38,19 @@ struct KeyHead {
   const PromptAttention& p;
   int64_t sample, head;  // head: of keys
   int64_t tq = p.queries_of(sample), tk = p.keys_of(sample), row = p.first_row(sample);
+  int64_t groups = p.groups();
 
-  int64_t lanes() const { return p.groups() * tq; }
+  int64_t lanes() const { return groups * tq; }
   int64_t keys() const { return p.prompts + tk; }
 
   // f(lane within the block, query head, query, count) for every run of lanes that are rows of one head.
   template <class Function>
   void runs(const Lanes& lanes, const Function& f) const {
+    if (groups == 1) return f(int64_t{0}, head, lanes.first, lanes.count);
     for (int64_t lane = 0; lane < lanes.count;) {
       const int64_t r = lanes.first + lane, query = r % tq;
       const int64_t count = std::min(tq - query, lanes.count - lane);
-      f(lane, head * p.groups() + r / tq, query, count);
+      f(lane, head * groups + r / tq, query, count);
       lane += count;
     }
   }

@@ -23,6 +23,7 @@ inline Vec load_mask(const Mask& mask, int64_t offset, int64_t n) {
 class MaskBlock {
  public:
   MaskBlock(const KeyHead& head, const Lanes& lanes) : mask_(head.p.mask), lanes_(lanes) {
+    if (!mask_) return;
     same_for_all_ = mask_.query == 0 && mask_.head == 0;
     head.runs(lanes, [&](int64_t lane, int64_t h, int64_t query, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
@@ -68,7 +69,7 @@ class MaskBlock {
 
   const Mask& mask_;
   Lanes lanes_;
-  bool same_for_all_;
+  bool same_for_all_ = false;
   int64_t at_[kLanes];
 };
 

@@ -77,11 +77,12 @@ class Backward {
     for (const Rows* rows : {&p_.key, &p_.value, &g_.key, &g_.value}) {
       ahead_.add(*rows, next->sample, next->head, next->row, next->tk, p_.dim);
     }
-    for (int64_t g = 0; g < p_.groups(); ++g) {
+    for (int64_t h = next->head * next->groups; h < (next->head + 1) * next->groups; ++h) {
       for (const Rows* rows : {&p_.query, &g_.grad_out, &g_.out, &g_.query}) {
-        ahead_.add(*rows, next->sample, next->head * p_.groups() + g, next->row, next->tq, p_.dim);
+        ahead_.add(*rows, next->sample, h, next->row, next->tq, p_.dim);
       }
     }
+    ahead_.spread(next->lanes() * next->keys() / 100 + 1);
   }
 
   void clear(float* rows, int64_t count) const {
@@ -156,7 +157,7 @@ class Backward {
   FloatRows lane_rows(const KeyHead& head, const Lanes& lanes, const Rows& rows, float* copies) const {
     const int64_t query = lanes.first % head.tq;
     if (in_place(rows, p_.dim) && query + lanes.count <= head.tq) {
-      const int64_t h = head.head * p_.groups() + lanes.first / head.tq;
+      const int64_t h = head.head * head.groups + lanes.first / head.tq;
       return {reinterpret_cast<const float*>(rows.at(head.sample, h, head.row + query)), rows.row};
     }
     copy_lanes(head, lanes, rows, copies, padded_);

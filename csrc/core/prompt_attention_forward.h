@@ -89,11 +89,11 @@ class Forward {
     if (!next) return;
     ahead_.add(p_.key, next->sample, next->head, next->row, next->tk, p_.dim);
     ahead_.add(p_.value, next->sample, next->head, next->row, next->tk, p_.dim);
-    for (int64_t g = 0; g < p_.groups(); ++g) {
-      const int64_t h = next->head * p_.groups() + g;
+    for (int64_t h = next->head * next->groups; h < (next->head + 1) * next->groups; ++h) {
       ahead_.add(p_.query, next->sample, h, next->row, next->tq, p_.dim);
       ahead_.add(out_, next->sample, h, next->row, next->tq, p_.dim);
     }
+    ahead_.spread(next->lanes() * next->keys() / 250 + 1);
   }
 
   void run(const KeyHead& head, const KeyBlocks& blocks, const Lanes& lanes) {
