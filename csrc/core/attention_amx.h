@@ -2,6 +2,7 @@
 // What forward and backward of attention on tiles share: rows of a key head, prompts as bfloat16, masks, causal limits.
 #pragma once
 
+#include "ahead.h"
 #include "amx_tiles.h"
 
 namespace fastprompt::FASTPROMPT_NAMESPACE {
@@ -43,46 +44,15 @@ inline int64_t rounded_prompt(const PromptAttention& p, const Rows& rows) {
   return rows.dtype == DType::bfloat16 ? 0 : p.prompts * p.dim;
 }
 
-// Rows that are read or written soon, fetched while there is something to compute: from the last cache they take longer
-// than their packing.
-class Ahead {
- public:
-  Ahead() = default;
-  // To be fetched in about `steps` calls.
-  Ahead(int64_t dim, int64_t steps) : bytes_(dim * 2), steps_(std::max<int64_t>(steps, 1)) {}
-
-  // Keys, values and queries of one key head.
-  void add_inputs(const PromptAttention& p, int64_t s, int64_t head_kv) {
-    add(query_rows(p, p.query, s, head_kv), p.queries_of(s) * p.groups());
-    add(key_rows(p, p.key, s, head_kv), p.keys_of(s));
-    add(key_rows(p, p.value, s, head_kv), p.keys_of(s));
+// Rows of a key head that a task reads or writes soon.
+inline void bring_near(Ahead& ahead, const PromptAttention& p, const Rows& rows, int64_t s, int64_t head_kv) {
+  for (int64_t g = 0; g < p.groups(); ++g) {
+    ahead.add(rows, s, head_kv * p.groups() + g, p.first_row(s), p.queries_of(s), p.dim);
   }
-
-  void add(const HeadRows& rows, int64_t count) {
-    if (rows.rows) streams_[used_++] = {rows, count, count / steps_ + 1, 0};
-  }
-
-  void fetch() {
-    for (int i = 0; i < used_; ++i) {
-      Stream& stream = streams_[i];
-      const int64_t end = std::min(stream.next + stream.step, stream.count);
-      for (; stream.next < end; ++stream.next) {
-        const char* row = stream.rows.at(stream.next);
-        for (int64_t at = 0; at < bytes_; at += 64) __builtin_prefetch(row + at, 0, 2);
-      }
-    }
-  }
-
- private:
-  struct Stream {
-    HeadRows rows;
-    int64_t count, step, next;
-  };
-
-  int64_t bytes_ = 0, steps_ = 1;
-  int used_ = 0;
-  Stream streams_[8] = {};
-};
+}
+inline void bring_keys_near(Ahead& ahead, const PromptAttention& p, const Rows& rows, int64_t s, int64_t head_kv) {
+  ahead.add(rows, s, head_kv, p.first_row(s), p.keys_of(s), p.dim);
+}
 
 // How many instance keys query row r of a sample may see by causality.
 struct Causal {

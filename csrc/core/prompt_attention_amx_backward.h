@@ -79,15 +79,18 @@ class AttentionBackward {
 
   // Gradients that sample(s, head_kv) will write and, unless next_s is negative, what the call after it will read.
   void look_ahead(int64_t s, int64_t head_kv, int64_t next_s, int64_t next_head_kv) {
-    ahead_ = Ahead(p_.dim, tiles_of_32(p_.keys_of(s)));
-    ahead_.add(query_rows(p_, g_.query, s, head_kv), p_.queries_of(s) * p_.groups());
-    ahead_.add(key_rows(p_, g_.key, s, head_kv), p_.keys_of(s));
-    ahead_.add(key_rows(p_, g_.value, s, head_kv), p_.keys_of(s));
-    if (next_s < 0) return;
-    const int64_t lanes = p_.queries_of(next_s) * p_.groups();
-    ahead_.add_inputs(p_, next_s, next_head_kv);
-    ahead_.add(query_rows(p_, g_.grad_out, next_s, next_head_kv), lanes);
-    if (want_.scores()) ahead_.add(query_rows(p_, g_.out, next_s, next_head_kv), lanes);
+    ahead_.clear();
+    bring_keys_near(ahead_, p_, g_.key, s, head_kv);
+    bring_keys_near(ahead_, p_, g_.value, s, head_kv);
+    bring_near(ahead_, p_, g_.query, s, head_kv);
+    if (next_s >= 0) {
+      bring_keys_near(ahead_, p_, p_.key, next_s, next_head_kv);
+      bring_keys_near(ahead_, p_, p_.value, next_s, next_head_kv);
+      bring_near(ahead_, p_, p_.query, next_s, next_head_kv);
+      bring_near(ahead_, p_, g_.grad_out, next_s, next_head_kv);
+      if (want_.scores()) bring_near(ahead_, p_, g_.out, next_s, next_head_kv);
+    }
+    ahead_.spread(std::max<int64_t>(tiles_of_32(p_.keys_of(s)), 1));
   }
 
   // One key head of a sample: piece `range` of `ranges` of its instance keys, prompts with the first. dQ goes to
@@ -256,7 +259,7 @@ class AttentionBackward {
       for (int64_t x = 0; x < panel.count; x += 32) {
         const int64_t begin = first_lane(panel, causal, x), first = std::max(from, begin);
         if (first >= to) continue;
-        ahead_.fetch();
+        ahead_.step();
         for (int64_t lane = first; lane < to; lane += 32) scores_block(panel, causal, x, from, lane, wide);
         sum_keys(panel, x, from, first, to, panel.add || first > begin);
       }
