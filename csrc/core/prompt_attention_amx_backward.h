@@ -77,6 +77,22 @@ class AttentionBackward {
     }
   }
 
+  // Gradients that sample(s, head_kv) will write and, unless next_s is negative, what the call after it will read.
+  void look_ahead(int64_t s, int64_t head_kv, int64_t next_s, int64_t next_head_kv) {
+    ahead_.clear();
+    bring_keys_near(ahead_, p_, g_.key, s, head_kv);
+    bring_keys_near(ahead_, p_, g_.value, s, head_kv);
+    bring_near(ahead_, p_, g_.query, s, head_kv);
+    if (next_s >= 0) {
+      bring_keys_near(ahead_, p_, p_.key, next_s, next_head_kv);
+      bring_keys_near(ahead_, p_, p_.value, next_s, next_head_kv);
+      bring_near(ahead_, p_, p_.query, next_s, next_head_kv);
+      bring_near(ahead_, p_, g_.grad_out, next_s, next_head_kv);
+      if (want_.scores()) bring_near(ahead_, p_, g_.out, next_s, next_head_kv);
+    }
+    ahead_.spread(std::max<int64_t>(tiles_of_32(p_.keys_of(s)), 1));
+  }
+
   // One key head of a sample: piece `range` of `ranges` of its instance keys, prompts with the first. dQ goes to
   // `grad_query`, tiles [rows / 16][dims / 16], or, if that is null, to where it belongs.
   void sample(int64_t s, int64_t head_kv, int64_t range, int64_t ranges, float* grad_query) {
@@ -96,11 +112,13 @@ class AttentionBackward {
                           const float* sums) {
     const HeadRows to = query_rows(p, g.query, s, head_kv);
     const int64_t lanes = p.queries_of(s) * p.groups(), nd = tiles_of_16(p.dim);
+    const __m512 scale = _mm512_set1_ps(p.scale);
     for (int64_t r = 0; r < lanes; ++r) {
       const float* row = sums + r / 16 * nd * kTileFloats + r % 16 * 16;
-      char* at = to.at(r);
+      auto* at = reinterpret_cast<BFloat16*>(to.at(r));
       for (int64_t d = 0; d < p.dim; d += 16) {
-        store_first(Vec::load(row + d * 16) * Vec(p.scale), at, g.query.dtype, d, p.dim - d);
+        const __m512 x = _mm512_mul_ps(_mm512_load_ps(row + d * 16), scale);
+        _mm256_mask_storeu_epi16(at + d, Vec::first(p.dim - d), to_bfloat16(x));
       }
     }
   }
@@ -110,19 +128,40 @@ class AttentionBackward {
     const int64_t nd = tiles_of_16(dim);
     for (int64_t x = 0; x < keys; x += 32) {
       const int64_t left = std::min<int64_t>(keys - x, 32);
-      for (int64_t tile = 0; tile < tiles_of_16(left) * nd; ++tile, sums += kTileFloats) {
-        Vec rows[16];
-        for (int i = 0; i < 16; ++i) rows[i] = Vec::load(sums + i * 16) * Vec(scale);
-        transpose(rows);
+      for (int64_t n = 0; n < tiles_of_16(left); ++n, sums += nd * kTileFloats) {
+        char* rows[16];
         for (int64_t c = 0; c < 16; ++c) {
-          const int64_t key = key_of_column(tile / nd, c, left), d = tile % nd * 16;
-          if (key < left) store_first(rows[c], to.at(first + x + key), to.rows.dtype, d, dim - d);
+          const int64_t key = key_of_column(n, c, left);
+          rows[c] = key < left ? to.at(first + x + key) : nullptr;
         }
+        for (int64_t d = 0; d < nd; d += 2) write_tiles(sums + d * kTileFloats, d + 1 < nd, scale, rows, d * 16, dim, to);
       }
     }
   }
 
  private:
+  // Transposes one tile or two beside each other: a line of memory is written at once.
+  static void write_tiles(const float* tiles, bool two, float scale, char* const (&rows)[16], int64_t d, int64_t dim,
+                          const HeadRows& to) {
+    const Vec factor(scale);
+    Vec low[16], high[16];
+    for (int i = 0; i < 16; ++i) low[i] = Vec::load(tiles + i * 16) * factor;
+    transpose(low);
+    for (int i = 0; i < 16; ++i) high[i] = two ? Vec::load(tiles + kTileFloats + i * 16) * factor : Vec(0.0f);
+    if (two) transpose(high);
+    for (int i = 0; i < 16; ++i) {
+      if (!rows[i]) continue;
+      if (to.rows.dtype == DType::bfloat16) {
+        auto* at = reinterpret_cast<BFloat16*>(rows[i]) + d;
+        _mm512_mask_storeu_epi16(at, first_halves(dim - d), to_bfloat16(low[i].v, high[i].v));
+      } else {
+        auto* at = reinterpret_cast<float*>(rows[i]) + d;
+        low[i].store_first(at, dim - d);
+        if (two) high[i].store_first(at + 16, dim - d - 16);
+      }
+    }
+  }
+
   // Keys of one segment: `first` on the axis of packed keys, the number of its first instance key or -1.
   struct Panel {
     int64_t first, count, instance;
@@ -220,6 +259,7 @@ class AttentionBackward {
       for (int64_t x = 0; x < panel.count; x += 32) {
         const int64_t begin = first_lane(panel, causal, x), first = std::max(from, begin);
         if (first >= to) continue;
+        ahead_.step();
         for (int64_t lane = first; lane < to; lane += 32) scores_block(panel, causal, x, from, lane, wide);
         sum_keys(panel, x, from, first, to, panel.add || first > begin);
       }
@@ -363,6 +403,7 @@ class AttentionBackward {
   BFloat16 *weights_, *slopes_, *slope_rows_;
   float *lse_, *delta_, *grad_query_, *grad_key_, *grad_value_;
   float *prompt_grad_key_ = nullptr, *prompt_grad_value_ = nullptr, *sums_query_ = nullptr;
+  Ahead ahead_;
   HeadRows queries_{};
   int64_t lanes_ = 0;
   bool first_panel_ = true;

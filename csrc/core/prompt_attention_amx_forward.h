@@ -36,7 +36,13 @@ class AttentionForward {
   }
 
   // What the next call will want, if it is known, and how many blocks of 32 rows this one has.
-  void look_ahead(int64_t s, int64_t head_kv, int64_t blocks) { ahead_ = Ahead(p_, s, head_kv, blocks); }
+  void look_ahead(int64_t s, int64_t head_kv, int64_t blocks) {
+    ahead_.clear();
+    bring_keys_near(ahead_, p_, p_.key, s, head_kv);
+    bring_keys_near(ahead_, p_, p_.value, s, head_kv);
+    bring_near(ahead_, p_, p_.query, s, head_kv);
+    ahead_.spread(std::max<int64_t>(blocks, 1));
+  }
 
   // Query rows [from, to) of one key head of a sample.
   void attend(int64_t s, int64_t head_kv, int64_t from, int64_t to) {
@@ -61,7 +67,7 @@ class AttentionForward {
     const int64_t keys = limit ? padded_ + limit : padded_;
     const HeadRows out = lanes_of(queries, out_);
     for (int64_t r = 0; r < rows; ++r) prefetch_row(out.at(first + r));
-    ahead_.fetch();
+    ahead_.step();
     pack_rows([&](int64_t r) { return queries(first + r); }, rows, p_.dim, query_);
     for (int64_t r = 0; r < 32; ++r) peak_[r] = kNone, total_[r] = 0;
     if (keys == 0) std::fill_n(sums_, 2 * nd_ * kTileFloats, 0.0f);

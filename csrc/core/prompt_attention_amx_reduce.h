@@ -36,7 +36,7 @@ class BackwardTasks {
     if (want_.instance() || want_.prompt()) {
       for_each(threads, runs() * p_.heads_kv * ranges_, work, [&](int64_t task) {
         AttentionBackward kernel(p_, g_, Cutter(Scratch::take(bytes)));
-        run_task(kernel, task);
+        run_task(kernel, task, threads.count);
       });
     }
     const double sums = double(runs() * p_.heads_kv * prompt_tiles_ * kTileFloats);
@@ -63,7 +63,7 @@ class BackwardTasks {
     return memory_.get() + query_sums_ + ((range * all + first) * p_.heads_kv + head_kv * own) * nd_ * 16;
   }
 
-  void run_task(AttentionBackward& kernel, int64_t task) const {
+  void run_task(AttentionBackward& kernel, int64_t task, int64_t stride) const {
     const int64_t range = task % ranges_, head_kv = task / ranges_ % p_.heads_kv, number = task / ranges_ / p_.heads_kv;
     const SampleRun& run = found_.runs[static_cast<size_t>(number)];
     const TileScope tiles;
@@ -74,6 +74,13 @@ class BackwardTasks {
       const int64_t s = found_.order[static_cast<size_t>(i)], ranges = key_ranges(want_, p_.keys_of(s));
       if (range >= ranges) continue;
       const bool partial = want_.query && ranges > 1;
+      if (ranges_ == 1) {
+        // The next sample of this run, or the first of the task that this thread is likely to take.
+        const int64_t next = i + 1 < run.end ? task : task + stride;
+        const bool known = next < runs() * p_.heads_kv;
+        const int64_t place = next == task ? i + 1 : known ? found_.runs[static_cast<size_t>(next / p_.heads_kv)].begin : 0;
+        kernel.look_ahead(s, head_kv, known ? found_.order[static_cast<size_t>(place)] : -1, next % p_.heads_kv);
+      }
       kernel.sample(s, head_kv, range, ranges, partial ? query_sums(s, head_kv, range) : nullptr);
     }
   }
