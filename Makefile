@@ -87,6 +87,7 @@ bench: $(VENV)/.dev
 	$(call BENCH,key_scores) --rounds 5 --set tokens=1024,4096,8192,16384
 	$(call BENCH,prefill_compress) --rounds 5
 	$(call BENCH,decode) --rounds 5
+	$(call BENCH,decode_attention) --rounds $(ROUNDS) --set tokens=1024,8192,32768 $(DTYPES)
 ifeq ($(DEVICE),cpu)
 	$(call BENCH,cpu_candidates) --rounds $(ROUNDS) --set prompts=10,100 $(DTYPES)
 endif

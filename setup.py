@@ -11,6 +11,7 @@ import shutil
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,8 +26,8 @@ PYTHON_TARGET = "0x030a0000"
 
 #: Also those of the sanitizer builds (csrc/Makefile).
 FLAGS = [
-    "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow",
-    "-Werror",
+    "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic",
+    "-Wshadow", "-Werror",
 ]  # fmt: skip
 
 
@@ -110,7 +111,7 @@ class Build(build_ext):
 
         def compile_all(sources, **options):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return sum(pool.map(lambda source: compile_one([source], **options), sources), [])
+                return list(chain(*pool.map(lambda source: compile_one([source], **options), sources)))
 
         self.compiler.compile = compile_all
         super().build_extensions()

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from fastprompt.ops import dispatch
 
 #: Does the work once and returns its results: the output, then the gradients.
 Step = Callable[[], list[Tensor]]
@@ -82,6 +85,26 @@ class Case:
     tolerance: float
     params: dict[str, Any] = field(default_factory=dict)
     device_time: bool = False
+
+
+def composed(device: str, providers: dict[str, Provider], name: str = "fastprompt") -> dict[str, Provider]:
+    """On a CPU, ``name/composed``: a provider once more on the composition of PyTorch's CPU kernels, which it takes
+    where there are no C++ kernels; the best that could be done with PyTorch's calls.
+    """
+    given = providers[name]
+
+    def without_cpp(make: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with patch.object(dispatch, "CPP_OPS", ()):
+                return make()
+
+        return run
+
+    def build() -> Step:
+        return without_cpp(without_cpp(given.build)())
+
+    check = None if given.check is None else without_cpp(given.check)
+    return {f"{name}/composed": replace(given, build=build, check=check)} if device == "cpu" else {}
 
 
 def tolerance(dtype: torch.dtype) -> float:

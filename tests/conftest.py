@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from fastprompt.ops import dispatch
+
 # Without a GPU, Triton kernels are interpreted; Triton decides that when they are decorated, so before any import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -32,6 +34,19 @@ def pytest_collection_modifyitems(items):
 def seed():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def composition(monkeypatch):
+    """What "auto" takes on a CPU without the C++ kernels: the composition of PyTorch's."""
+    monkeypatch.setattr(dispatch, "CPP_OPS", ())
+
+
+@pytest.fixture(autouse=True)
+def name_composition(request, monkeypatch):
+    """Tests may name the composition of PyTorch's CPU kernels, "cpu", which users reach through "auto" alone."""
+    if "cpu" in getattr(getattr(request.node, "callspec", None), "params", {}).values():
+        monkeypatch.setattr(dispatch, "IMPLS", (*dispatch.IMPLS, "cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 """The command line, end to end on a tiny model and tiny images."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
 
 import fastprompt
 from fastprompt.cli import main
+from fastprompt.ops.cpp import extension
 from fastprompt.recipes.registry import CARDS
 from fastprompt.tuning.images import head_names
 
@@ -163,8 +165,8 @@ def test_bench_hands_over_to_the_suite_of_a_checkout(monkeypatch, tmp_path, caps
 def test_info_says_what_runs_and_why(capsys):
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
-    assert "prompt_attention: cpu" in shown or "prompt_attention: triton" in shown
-    assert "not cpp" in shown and "torch" in shown
+    assert re.search(r"\n  prompt_attention: (cpp|cpu|triton) ", shown)
+    assert extension.missing() in shown and extension.best_isa() in shown and "torch" in shown
     assert all(f"\n  {name}: " in shown for name in fastprompt.ops.__all__)
 
 
@@ -229,6 +231,7 @@ def test_a_damaged_run_file_is_a_clear_error(tmp_path, capsys):
 
 def test_info_reports_an_implementation_that_cannot_run(monkeypatch, capsys):
     monkeypatch.setattr("fastprompt.config.IMPL", "cpp")
+    monkeypatch.setattr("fastprompt.ops.cpp.wins.missing", lambda: "not built")
     assert main(["info"]) == 0
     assert "cannot run prompt_attention" in capsys.readouterr().out
 

@@ -6,11 +6,15 @@ from itertools import product
 import pytest
 import torch
 from attention_cases import DTYPES, IMPLS, compiled_equals_eager
+from cpp_cases import needs_cpp
 from decoupled_cases import Given, check, leaves, make, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastprompt.ops import decoupled_attention
 from fastprompt.ops.cpu import prompt_attention as cpu
+
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
 
 VISIBLE = torch.tensor([1, 1, 0, 1, 0, 1]).bool()
 CASES = {
@@ -120,7 +124,8 @@ def test_autocast_leaves_float64_and_unifies_mixed_inputs(impl):
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(case, dtype):
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("cpp", marks=needs_cpp)])
+def test_opcheck(case, dtype, impl):
     shape, kwargs = CASES[case]
     inputs = leaves(make(dtype, **shape))
     weights = [w for w in inputs.weights if isinstance(w, torch.Tensor)]
@@ -133,10 +138,10 @@ def test_opcheck(case, dtype):
         causal if isinstance(causal, list) else [causal] * len(marks), 0.25,
     )  # fmt: skip
     op = torch.ops.fastprompt.decoupled_attention.default
-    torch.library.opcheck(op, (*arguments, True, "cpu"))
+    torch.library.opcheck(op, (*arguments, True, impl))
     with torch.no_grad():
         query, *lists = (x.detach() if isinstance(x, torch.Tensor) else [y.detach() for y in x] for x in arguments[:5])
-        torch.library.opcheck(op, (query, *lists, *arguments[5:], False, "cpu"))
+        torch.library.opcheck(op, (query, *lists, *arguments[5:], False, impl))
 
 
 @each_case

@@ -171,6 +171,7 @@ def test_unknown_impl():
 @pytest.mark.parametrize("impl", ["triton", "cpp"])
 def test_an_explicit_impl_never_falls_back(impl, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = {"triton": "the tensors are on the CPU", "cpp": "no cpp kernel for decoupled_attention"}[impl]
+    reason = {"triton": "the tensors are on the CPU", "cpp": "not built"}[impl]
+    monkeypatch.setattr("fastprompt.ops.cpp.wins.missing", lambda: "not built")
     message = message_of(fastprompt.ImplUnavailableError, impl=impl)
     assert message.startswith(f"impl='{impl}' cannot run decoupled_attention here: {reason}")

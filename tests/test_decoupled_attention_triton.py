@@ -151,7 +151,7 @@ def test_elements_past_two_to_the_31(axis):
 
 def test_auto_never_interprets():
     choice = fastprompt.explain(decoupled_attention, *make(torch.float32))
-    assert choice.impl == "cpu" and choice.refused["triton"]
+    assert choice.impl in ("cpp", "cpu") and choice.refused["triton"]
 
 
 @pytest.mark.parametrize("kernel", ["branches", "branches_query", "branch"])

@@ -12,6 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.cpu import prompt_attention as cpu
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 INDEX = torch.tensor([2, 0, 2])
 CASES = {
     "plain": ({}, {}),
@@ -177,7 +180,7 @@ def test_opcheck(case, dtype):
 
 
 @each_case
-@pytest.mark.parametrize(("impl", "dynamic"), [("auto", False), ("auto", True), ("reference", False)])
+@pytest.mark.parametrize(("impl", "dynamic"), [("cpu", False), ("cpu", True), ("reference", False)])
 def test_compiles_in_one_graph(case, impl, dynamic):
     shape, kwargs = CASES[case]
     compiled_equals_eager(

@@ -151,7 +151,8 @@ def test_unknown_impl():
 @pytest.mark.parametrize("by_environment", [False, True], ids=["argument", "environment"])
 def test_an_explicit_impl_never_falls_back(impl, by_environment, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = {"triton": "the tensors are on the CPU", "cpp": "no cpp kernel for prompt_attention"}[impl]
+    reason = {"triton": "the tensors are on the CPU", "cpp": "not built"}[impl]
+    monkeypatch.setattr("fastprompt.ops.cpp.wins.missing", lambda: "not built")
     if by_environment:
         monkeypatch.setattr(config, "IMPL", impl)
     message = message_of(fastprompt.ImplUnavailableError, impl="auto" if by_environment else impl)
@@ -160,11 +161,12 @@ def test_an_explicit_impl_never_falls_back(impl, by_environment, monkeypatch):
 
 def test_explain_tells_the_choice_and_every_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("fastprompt.ops.cpp.wins.missing", lambda: "not built")
     choice = fastprompt.explain(prompt_attention, **arguments())
     assert (choice.op, choice.impl) == ("prompt_attention", "cpu")
     assert choice.refused == {
         "triton": ["the tensors are on the CPU (set TRITON_INTERPRET=1 before Python starts to interpret there)"],
-        "cpp": ["no cpp kernel for prompt_attention in this build"],
+        "cpp": ["not built"],
     }
     meta = {name: x.to("meta") for name, x in arguments().items()}
     choice = fastprompt.explain(prompt_attention, **meta, return_lse=True, is_causal=True)

@@ -12,6 +12,9 @@ from varlen_cases import IMPLS, LENGTHS, ends, grads_of, make, run
 from fastprompt.ops import prompt_attention_varlen
 from fastprompt.ops.cpu import prompt_attention_varlen as cpu
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 # The name in the package is the function's.
 module = sys.modules["fastprompt.ops.prompt_attention_varlen"]
 
@@ -144,7 +147,7 @@ def test_gradients_have_the_strides_that_the_fake_promises(with_lse):
 
 
 @each_case
-@pytest.mark.parametrize(("impl", "dynamic"), [("auto", False), ("auto", True), ("reference", False)])
+@pytest.mark.parametrize(("impl", "dynamic"), [("cpu", False), ("cpu", True), ("reference", False)])
 def test_compiles_in_one_graph(case, impl, dynamic):
     inputs, cu_seqlens, _, kwargs = given(case, torch.float32)
     compiled_equals_eager(

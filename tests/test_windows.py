@@ -14,6 +14,9 @@ from varlen_cases import by_sequence, check, ends, grads_of, make, run
 
 from fastprompt.ops.cpu import windows
 
+#: C++ kernels have a file of their own.
+pytestmark = pytest.mark.usefixtures("composition")
+
 #: A longest sequence at both ends of each block size: none behind, 16 and 32 rows behind, and between.
 LONGEST = {1: 16, 2: 16, 17: 16, 18: 32, 33: 32}
 

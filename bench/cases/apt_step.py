@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 import fastprompt
-from bench.case import Case, Provider, Step
+from bench.case import Case, Provider, Step, composed
 from bench.cases import vpt_step
 from bench.cases.vpt_step import Frozen
 from fastprompt.hf.published import ReadPrompts
@@ -50,6 +50,7 @@ def build(
         "vpt/published": Provider(deep["published"].build),
         "vpt/fastprompt": Provider(deep["fastprompt"].build),
     }
+    providers |= composed(device, providers)
     params = {"model": model, "batch": batch, "prompts": prompts, "layers": layers, "pixels": 224,
               "dtype": "bfloat16 autocast"}  # fmt: skip
     return Case("apt_step", providers, "floor", lambda: attached(exact=True, eager=True)(), 1e-10, params)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fastprompt
-from bench.case import Case, Provider, Step
+from bench.case import Case, Provider, Step, composed
 from bench.measure import too_large
 from bench.published_clip import (
     LIMIT,
@@ -112,6 +112,7 @@ def build(
         if name == "published" and device == "cpu" and batch > LOOP:
             why_not = f"{batch} steps of one image each, as with batch {LOOP}"
         providers[name] = Provider(make, check, why_not=why_not, tokens=rows[name])
+    providers |= composed(device, providers)
     params = {"batch": batch, "classes": classes, "context": context, "layers": layers, "width": width, "vocab": vocab,
               "pixels": pixels, "tower": tower, "dtype": dtype}  # fmt: skip
     return Case("cocoop_step", providers, "published", lambda: looped(None, torch.float64)(), 1e-4, params)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastprompt
-from bench.case import Case, Provider, Step, Work, tolerance
+from bench.case import Case, Provider, Step, Work, composed, tolerance
 from bench.measure import give_back, too_large
 from bench.published_clip import LIMIT, Numbers, Texts, activation_bytes, class_names, clip_model
 
@@ -107,5 +107,6 @@ def build(
             steps = lambda m=make, f=finish: f(*m())  # noqa: E731
             check = lambda s=steps: s()()  # noqa: E731
             providers[full] = Provider(steps, check, why_not=why_not, work=counted, tokens=rows)
+    providers |= composed(device, providers)
     params = {"classes": classes, "context": context, "layers": layers, "width": width, "vocab": vocab, "dtype": dtype}
     return Case("coop_text", providers, "published", reference, tolerance(kind), params)

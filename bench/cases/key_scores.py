@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import Case, Provider, Step, Work
+from bench.case import Case, Provider, Step, Work, composed
 from bench.measure import too_large
 from fastprompt.ops import key_scores, prompt_attention
 from fastprompt.ops.dispatch import IMPLS
@@ -77,6 +77,7 @@ def build(
         why_not = too_large(batch * heads * tokens**2 * 16, device) if impl == "reference" else None
         providers["fastprompt" if impl == "auto" else f"fastprompt/{impl}"] = provider(fastprompt(impl), why_not)
     providers["flash"] = Provider(lambda: flash)
+    providers |= composed(device, providers)
     params = {"tokens": tokens, "batch": batch, "heads": heads, "heads_kv": heads_kv, "dim": dim, "dtype": dtype}
     bound = max(torch.finfo(kind).eps, 1e-4)
     return Case("key_scores", providers, "chunked", lambda: matrix(CHUNK, exact=True), bound, params, device_time=True)

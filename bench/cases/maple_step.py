@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import fastprompt
-from bench.case import Case, Provider, Step
+from bench.case import Case, Provider, Step, composed
 from bench.measure import too_large
 from bench.published_clip import (
     LIMIT,
@@ -96,6 +96,7 @@ def build(
         needed = 0 if name == "fastprompt" else activation_bytes(rows[name], width, layers, chosen)
         check = lambda m=make: m(torch.float32)()  # noqa: E731
         providers[name] = Provider(make, check, why_not=too_large(needed, device), tokens=rows[name])
+    providers |= composed(device, providers)
     params = {"batch": batch, "classes": classes, "prompts": prompts, "depth": depth, "layers": layers, "width": width,
               "vocab": vocab, "pixels": pixels, "dtype": dtype}  # fmt: skip
     return Case("maple_step", providers, "published", lambda: inserted(None, torch.float64)(), 1e-4, params)

@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprompt
-from bench.case import CannotRun, Case, Provider, Step
+from bench.case import CannotRun, Case, Provider, Step, composed
 from fastprompt.hf import attention
 
 
@@ -110,6 +110,7 @@ def build(
         "kv_concat": Provider(kv_concat, lambda: kv_concat(torch.float32)()),
         "fastprompt": Provider(attached, lambda: attached(torch.float32)()),
     }
+    providers |= composed(device, providers)
     params = {"batch": batch, "tokens": tokens, "prompts": prompts, "layers": layers, "width": width, "vocab": vocab,
               "dtype": dtype, "checkpointing": checkpointing}  # fmt: skip
     return Case("prefix_step", providers, "floor", lambda: kv_concat(torch.float64)(), 1e-3, params)

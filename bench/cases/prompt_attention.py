@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, tolerance
+from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, composed, tolerance
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.dispatch import IMPLS
 
@@ -90,6 +90,7 @@ def build(
     no_xformers = "xformers runs on CUDA" if device == "cpu" else None if find_spec("xformers") else "not installed"
     providers["xformers"] = provider(_xformers, no_xformers)
     providers["fastprompt"] = provider(prompt_attention)
+    providers |= composed(device, providers)
     for impl in IMPLS[1:]:
         providers[f"fastprompt/{impl}"] = provider(lambda *x, impl=impl: prompt_attention(*x, impl=impl))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import Case, Provider, Step, attention_work, tolerance
+from bench.case import Case, Provider, Step, attention_work, composed, tolerance
 from bench.cases.prompt_attention import MODES
 from fastprompt.ops import prompt_attention_varlen
 from fastprompt.ops.dispatch import IMPLS
@@ -109,6 +109,7 @@ def build(
         exact = [x.detach().double().requires_grad_(train) for x in packed]
         return fastprompt("reference", exact, grad.double())()
 
+    providers |= composed(device, providers)
     params = {"classes": classes, "rows": rows, "prompts": prompts, "heads": heads, "dim": dim, "dtype": dtype,
               "mode": mode}  # fmt: skip
     return Case("prompt_attention_varlen", providers, "padded", reference, tolerance(kind), params, device_time=True)

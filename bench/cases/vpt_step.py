@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
 import fastprompt
-from bench.case import Case, Provider, Step
+from bench.case import Case, Provider, Step, composed
 from fastprompt.hf import attention
 from fastprompt.hf.published import InsertedPrompts
 
@@ -110,6 +110,7 @@ def build(
         "fastprompt": Provider(attached, lambda: attached(autocast=False)()),
         "floor": Provider(frozen.floor),
     }
+    providers |= composed(device, providers)
     params = {"model": model, "batch": batch, "prompts": prompts, "layers": layers, "pixels": 224,
               "dtype": "bfloat16 autocast"}  # fmt: skip
     return Case("vpt_step", providers, "published", lambda: published(autocast=False)(), 1e-4, params)

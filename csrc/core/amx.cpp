@@ -8,11 +8,16 @@
 #include "amx.h"
 #include "key_scores_amx.h"
 #include "prompt_attention_amx_forward.h"
+#include "prompt_attention_amx_reduce.h"
 
 namespace fastprompt::amx {
 
 void prompt_attention_forward(const PromptAttention& p, const Rows& out, const Rows& lse, const Threads& threads) {
   forward(p, out, lse, threads);
+}
+
+void prompt_attention_backward(const PromptAttention& p, const PromptAttentionGrads& grads, const Threads& threads) {
+  backward(p, grads, threads);
 }
 
 }  // namespace fastprompt::amx

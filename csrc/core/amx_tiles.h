@@ -199,8 +199,25 @@ inline void pack_row_pairs(const Row& row, int64_t rows, int64_t dim, BFloat16* 
 
 // ---- arithmetic where results are rounded to bfloat16 ----
 
-// 2^x, 2.6e-6 off: below what bfloat16 sees. -inf and what is below the smallest denormal give 0, NaN stays NaN.
+// 2^min(x, 0), 2.6e-6 off: below what bfloat16 sees. -inf and what is below the smallest normal number give 0.
 inline __m512 exp2_to_round(__m512 x) {
+  const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  x = _mm512_min_ps(_mm512_setzero_ps(), x);  // x where it is NaN
+  // Adding 1.5 * 2^23 leaves the nearest whole number in the last bits; 23 places up they add to the exponent. The last
+  // bits of a NaN that comes of bfloat16 or of arithmetic are 0: it stays NaN.
+  const __m512 magic = _mm512_set1_ps(0x1.8p23f), moved = _mm512_add_ps(x, magic);
+  const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(moved, magic));
+  __m512 p = _mm512_set1_ps(0.0095701019112f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055917860319f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24024744828f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69312181474f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99999926145f));
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(moved), 23);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(some, _mm512_castps_si512(p), power));
+}
+
+// 2^x for any x, as far off; the largest and smallest results are infinity and denormal numbers.
+inline __m512 exp2_of_any_to_round(__m512 x) {
   const __m512 f = fraction(Vec(x)).v;
   __m512 p = _mm512_set1_ps(0x1.bb7cd44797bbep-7f);
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.aa13f04c08388p-5f));

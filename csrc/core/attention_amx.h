@@ -43,6 +43,39 @@ inline int64_t rounded_prompt(const PromptAttention& p, const Rows& rows) {
   return rows.dtype == DType::bfloat16 ? 0 : p.prompts * p.dim;
 }
 
+// Rows that a task will read next, fetched while it computes: from the last cache they take longer than their packing.
+class Ahead {
+ public:
+  Ahead() = default;
+  // To be fetched in about `steps` calls.
+  Ahead(const PromptAttention& p, int64_t s, int64_t head_kv, int64_t steps)
+      : bytes_(p.dim * size_of(p.query.dtype)),
+        streams_{{query_rows(p, p.query, s, head_kv), p.queries_of(s) * p.groups()},
+                 {key_rows(p, p.key, s, head_kv), p.keys_of(s)},
+                 {key_rows(p, p.value, s, head_kv), p.keys_of(s)}} {
+    for (Stream& stream : streams_) stream.step = stream.count / std::max<int64_t>(steps, 1) + 1;
+  }
+
+  void fetch() {
+    for (Stream& stream : streams_) {
+      const int64_t end = std::min(stream.next + stream.step, stream.count);
+      for (; stream.next < end; ++stream.next) {
+        const char* row = stream.rows.at(stream.next);
+        for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
+      }
+    }
+  }
+
+ private:
+  struct Stream {
+    HeadRows rows;
+    int64_t count, step = 0, next = 0;
+  };
+
+  int64_t bytes_ = 0;
+  Stream streams_[3] = {};
+};
+
 // How many instance keys query row r of a sample may see by causality.
 struct Causal {
   bool on;

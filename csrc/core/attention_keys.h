@@ -37,14 +37,16 @@ class KeyRows {
   // Makes keys [begin, end) of the head ready, prompts counted first.
   void load(const KeyHead& head, int64_t begin, int64_t end) {
     joined_ = head.keys() <= kKeys;
+    first_ = begin;
+    if (begin == end) return;
     const bool copies_prompts = joined_ || !reads_prompts(p_, prompt_);
     const int64_t prompts = std::clamp<int64_t>(p_.prompts - begin, 0, end - begin);
-    load_prompts(head, begin, prompts, copies_prompts);
+    if (prompts > 0) load_prompts(head, begin, prompts, copies_prompts);
+    prompts_ = prompts;
+    if (prompts == end - begin) return;
     float* to = copies_ + (copies_prompts ? prompts * padded_ : 0);
     const int64_t first = begin + prompts - p_.prompts, count = end - begin - prompts;
     const char* from = instance_.at(head.sample, head.head, head.row + first);
-    first_ = begin;
-    prompts_ = prompts;
     if (!joined_ && in_place(instance_, p_.dim)) {
       keys_rows_ = {reinterpret_cast<const float*>(from), instance_.row};
     } else {

@@ -8,5 +8,6 @@
 
 #include "decode_kernels.h"
 #include "key_scores_kernels.h"
+#include "prompt_attention_backward.h"
 #include "prompt_attention_forward.h"
 #endif

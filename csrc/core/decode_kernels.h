@@ -10,7 +10,7 @@ namespace fastprompt::FASTPROMPT_NAMESPACE {
 // Rows at once, so that sums stay in registers; vectors of the head size at once.
 constexpr int kRows = kWidth == 16 ? 4 : 2, kVecs = kWidth == 16 ? 4 : 2;
 // Keys of a range; keys that are read again for the next rows while they are in the nearest cache.
-constexpr int64_t kRangeKeys = 512, kNearKeys = 64;
+constexpr int64_t kDecodeRange = 512, kNearKeys = 64;
 
 // Calls f with the number of rows, at most kRows, as a type.
 template <class Function>
@@ -156,7 +156,7 @@ class Decode {
     void drop(int64_t n) { key += n * key_row, value += n * value_row, first += n, count -= n; }
   };
 
-  static int64_t ranges_of(int64_t keys) { return (keys + kRangeKeys - 1) / kRangeKeys; }
+  static int64_t ranges_of(int64_t keys) { return (keys + kDecodeRange - 1) / kDecodeRange; }
 
   Partial partial(int64_t s, int64_t h, int64_t range, float* partials) const {
     float* at = partials + ((s * p_.heads_kv + h) * ranges_ + range) * partial_size_;
@@ -208,8 +208,8 @@ inline Decode::Keys<T> Decode::keys_of(int64_t s, int64_t h, int64_t range, T* r
     return static_cast<const T*>(to);
   };
   const auto row = [&](const Rows& x) { return x.dtype == p_.query.dtype ? x.row : width_; };
-  return {ready(p_.prompt_key, rounded), ready(p_.prompt_value, rounded + kRangeKeys * width_), row(p_.prompt_key),
-          row(p_.prompt_value), count, -kRangeKeys};
+  return {ready(p_.prompt_key, rounded), ready(p_.prompt_value, rounded + kDecodeRange * width_), row(p_.prompt_key),
+          row(p_.prompt_value), count, -kDecodeRange};
 }
 
 // How many different rows of a mask a key head has.
@@ -275,9 +275,9 @@ inline void Decode::attend(int64_t s, int64_t h, int64_t range, float* partials)
                       (p_.prompt_key.dtype != p_.query.dtype || p_.prompt_value.dtype != p_.query.dtype);
   const auto cut = [&](Cutter cutter) {
     room.queries = cutter.cut<float>(rows_ * width_);
-    room.scores = cutter.cut<float>(rows_ * kRangeKeys);
-    room.bias = cutter.cut<float>(p_.mask ? biases() * kRangeKeys : 0);
-    room.rounded = cutter.cut<T>(rounds ? 2 * kRangeKeys * width_ : 0);
+    room.scores = cutter.cut<float>(rows_ * kDecodeRange);
+    room.bias = cutter.cut<float>(p_.mask ? biases() * kDecodeRange : 0);
+    room.rounded = cutter.cut<T>(rounds ? 2 * kDecodeRange * width_ : 0);
     return cutter.used();
   };
   cut(Cutter(Scratch::take(cut(Cutter()))));
@@ -287,10 +287,10 @@ inline void Decode::attend(int64_t s, int64_t h, int64_t range, float* partials)
   Keys<T> keys = keys_of<T>(s, h, range, room.rounded);
   const bool masked = p_.mask && keys.first >= 0;
   const int64_t masks = masked ? biases() : 0;
-  for (int64_t b = 0; b < masks; ++b) read_mask(s, h, b, keys.first, keys.count, room.bias + b * kRangeKeys);
+  for (int64_t b = 0; b < masks; ++b) read_mask(s, h, b, keys.first, keys.count, room.bias + b * kDecodeRange);
   const auto hidden = [&](int64_t j) {
     for (int64_t b = 0; b < masks; ++b) {
-      if (room.bias[b * kRangeKeys + j] != -kInfinity) return false;
+      if (room.bias[b * kDecodeRange + j] != -kInfinity) return false;
     }
     return masked;
   };
@@ -314,13 +314,13 @@ inline void Decode::attend(int64_t s, int64_t h, int64_t range, float* partials)
     for (int64_t r = 0; r < rows_; r += kRows) {
       with_rows(rows_ - r, [&](auto m) {
         const Stream<T> near{keys.key + j * keys.key_row, keys.key_row, n, r == 0 ? keys.count - j : 0};
-        score_keys<m>(room.queries + r * width_, width_, near, p_.dim, room.scores + r * kRangeKeys + j, kRangeKeys);
+        score_keys<m>(room.queries + r * width_, width_, near, p_.dim, room.scores + r * kDecodeRange + j, kDecodeRange);
       });
     }
   }
   for (int64_t r = 0; r < rows_; ++r) {
-    const float* of_row = !masked ? nullptr : masks == 1 ? bias : bias + r * kRangeKeys;
-    softmax_row(r, keys, of_row, room.scores + r * kRangeKeys, to);
+    const float* of_row = !masked ? nullptr : masks == 1 ? bias : bias + r * kDecodeRange;
+    softmax_row(r, keys, of_row, room.scores + r * kDecodeRange, to);
   }
   std::fill_n(to.out, rows_ * width_, 0.0f);
   for (int64_t j = 0; j < keys.count; j += kNearKeys) {
@@ -328,7 +328,7 @@ inline void Decode::attend(int64_t s, int64_t h, int64_t range, float* partials)
     for (int64_t r = 0; r < rows_; r += kRows) {
       with_rows(rows_ - r, [&](auto m) {
         const Stream<T> near{keys.value + j * keys.value_row, keys.value_row, n, r == 0 ? keys.count - j : 0};
-        add_values<m>(room.scores + r * kRangeKeys + j, kRangeKeys, near, p_.dim, to.out + r * width_, width_);
+        add_values<m>(room.scores + r * kDecodeRange + j, kDecodeRange, near, p_.dim, to.out + r * width_, width_);
       });
     }
   }
@@ -373,7 +373,7 @@ inline void Decode::merge(int64_t s, int64_t h, float* partials, const Rows& out
 
 void decode(const PromptAttention& p, const int64_t* blocks, const Rows& out, const Rows& lse, const Threads& threads) {
   const Decode call(p, blocks);
-  const Buffer partials(call.partials() * static_cast<int64_t>(sizeof(float)));
+  const CallMemory partials(call.partials() * static_cast<int64_t>(sizeof(float)));
   auto* shared = reinterpret_cast<float*>(partials.data());
   const int64_t prompts = blocks ? blocks[call.heads()] - blocks[0] : p.prompts * call.heads();
   const double rows = static_cast<double>(p.groups() * p.tq);

@@ -3,9 +3,11 @@
 //
 // A tile of C stays in registers while the depth runs; a number of A is broadcast, B is read in whole vectors. So A may
 // lie in any order (strides a_row, a_column), rows of B and C are dense and n is a multiple of kWidth. Every sum runs
-// in order of depth, one fma a step: an element of C does not depend on m, n or its place.
+// in order of depth, one fma a step, and is added to C at its end: an element does not depend on m, n or its place, and
+// long sums made of many products lose less.
 #pragma once
 
+#include "ahead.h"
 #include "vec.h"
 
 namespace fastprompt::FASTPROMPT_NAMESPACE {
@@ -22,6 +24,7 @@ struct Product {
   float* c;
   int64_t c_row;
   const float* row_scale = nullptr;
+  Ahead* ahead = nullptr;  // what to bring near meanwhile
 };
 
 // Tiles that fill the registers: at most kMostVectors vectors of a row, most_rows(vectors) rows.
@@ -33,15 +36,11 @@ constexpr int most_rows(int vectors) {
 
 template <int M, int N, Into kInto>
 inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
-  float* c = p.c + row * p.c_row + column;
   Vec sums[M][N];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      sums[i][j] = kInto == Into::overwrite ? Vec(0.0f) : Vec::load(c + i * p.c_row + j * kWidth);
-      if constexpr (kInto == Into::scaled) sums[i][j] = sums[i][j] * Vec(p.row_scale[row + i]);
-    }
+    for (int j = 0; j < N; ++j) sums[i][j] = Vec(0.0f);
   }
   const float* a = p.a + row * p.a_row;
   const float* b = p.b + column;
@@ -59,8 +58,14 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
+    float* c = p.c + (row + i) * p.c_row + column;
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) sums[i][j].store(c + i * p.c_row + j * kWidth);
+    for (int j = 0; j < N; ++j) {
+      Vec x = sums[i][j];
+      if constexpr (kInto == Into::add) x = Vec::load(c + j * kWidth) + x;
+      if constexpr (kInto == Into::scaled) x = fma(Vec::load(c + j * kWidth), Vec(p.row_scale[row + i]), x);
+      x.store(c + j * kWidth);
+    }
   }
 }
 
@@ -82,6 +87,7 @@ void multiply_panel(const Product& p, int64_t vectors, int64_t column) {
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = t * p.m / tiles;
     multiply_rows<N, kInto>(p, row, (t + 1) * p.m / tiles - row, column);
+    if (p.ahead) p.ahead->step();
   }
 }
 

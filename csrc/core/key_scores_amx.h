@@ -78,7 +78,7 @@ class TileScores {
       const int64_t seen = kHides ? block.rows[r] + block.p.tk - block.p.tq + 1 - key : 0;
       for (int64_t half = 0; half < 2; ++half) {
         __m512 x = _mm512_fmadd_ps(_mm512_load_ps(product + half * kTileFloats), scale, level);
-        x = exp2_to_round(x);
+        x = exp2_of_any_to_round(x);
         if constexpr (kHides) x = _mm512_maskz_mov_ps(Vec::first(seen - 16 * half), x);
         sums[half] = _mm512_add_ps(sums[half], x);
       }

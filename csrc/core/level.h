@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <utility>
 #include <vector>
@@ -29,6 +30,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "prompt_attention.h"
+#include "sample_chunks.h"
 #include "sample_runs.h"
 #include "scratch.h"
 #include "types.h"

@@ -39,4 +39,19 @@ void for_each(const Threads& threads, int64_t count, double work, const Task& ta
       &context);
 }
 
+// The same for tasks that want to know what their thread does next: task(i, following), -1 where that is open. A thread
+// claims its next task as it starts one, but for the last ones.
+template <class Task>
+void for_each_ahead(const Threads& threads, int64_t count, double work, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t slots = std::min<int64_t>(threads.count, count);
+  for_each(threads, slots, work, [&](int64_t) {
+    for (int64_t i = next.fetch_add(1), following; i < count; i = following) {
+      following = i + 2 * slots < count ? next.fetch_add(1) : -1;
+      task(i, following < count ? following : -1);
+      if (following < 0) following = next.fetch_add(1);
+    }
+  });
+}
+
 }  // namespace fastprompt

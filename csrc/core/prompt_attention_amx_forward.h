@@ -35,6 +35,9 @@ class AttentionForward {
     pack_row_pairs<false>(prompt_rows(p_, p_.prompt_value, g, head_kv, rounded_), p_.prompts, p_.dim, value_);
   }
 
+  // What the next call will want, if it is known, and how many blocks of 32 rows this one has.
+  void look_ahead(int64_t s, int64_t head_kv, int64_t blocks) { ahead_ = Ahead(p_, s, head_kv, blocks); }
+
   // Query rows [from, to) of one key head of a sample.
   void attend(int64_t s, int64_t head_kv, int64_t from, int64_t to) {
     const Causal causal(p_, s);
@@ -46,121 +49,179 @@ class AttentionForward {
   }
 
  private:
-  // Keys [first, first + count) of the axis, zero weights from there to `end`; first and end are multiples of 32.
+  static constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+  // Tiles of 16 keys of a block: scores in [first, last), zero weights from there to `end`; first and end are even.
   struct Span {
-    int64_t first, count, end;
+    int64_t first, last, end;
   };
 
   void attend_block(const HeadRows& queries, const Causal& causal, int64_t first, int64_t rows) {
     const int64_t tiles = tiles_of_16(rows), limit = causal.limit(first + rows - 1);
     const int64_t keys = limit ? padded_ + limit : padded_;
+    const HeadRows out = lanes_of(queries, out_);
+    for (int64_t r = 0; r < rows; ++r) prefetch_row(out.at(first + r));
+    ahead_.fetch();
     pack_rows([&](int64_t r) { return queries(first + r); }, rows, p_.dim, query_);
-    for (int64_t r = 0; r < 32; ++r) peak_[r] = -std::numeric_limits<float>::infinity(), total_[r] = 0;
+    for (int64_t r = 0; r < 32; ++r) peak_[r] = kNone, total_[r] = 0;
     if (keys == 0) std::fill_n(sums_, 2 * nd_ * kTileFloats, 0.0f);
     for (int64_t from = 0; from < keys; from += block_) {
       const int64_t to = std::min(from + block_, round_up(keys, 32)), wide = block_ / 32;
       const int64_t columns = tiles_of_16(std::min(to, keys) - from);
       multiply({query_, kd_, 1}, {key_ + from / 16 * kd_ * kTileHalves, kd_, 1}, tiles, columns, kd_,
                {scores_, block_ / 16, 1}, false);
-      for (int64_t r = 0; r < rows; ++r) weigh_row(queries, causal.limit(first + r), first + r, r, from, to);
+      weigh({queries, causal, first, rows, from, to, limit});
       multiply({weights_, wide, 1}, {value_ + from / 32 * nd_ * kTileHalves, 1, nd_}, tiles, nd_, (to - from) / 32,
                {sums_, nd_, 1}, from > 0);
     }
     finish(queries, first, rows);
   }
 
+  static HeadRows lanes_of(const HeadRows& queries, const Rows& rows) {
+    return {rows, queries.sample, queries.head, queries.first, queries.groups};
+  }
+
+  void prefetch_row(const char* row) const {
+    for (int64_t i = 0; i < p_.dim * 2; i += 64) __builtin_prefetch(row + i, 1, 3);
+  }
+
+  // Query rows [first, first + rows), which see up to `limit` instance keys, against keys [from, to) of the axis.
+  struct Block {
+    const HeadRows& queries;
+    const Causal& causal;
+    int64_t first, rows, from, to, limit;
+  };
+
+  // Softmax over a block, with the running maximum and sum of each row.
+  void weigh(const Block& block) {
+    const int64_t middle = std::clamp(padded_, block.from, block.to);
+    const int64_t prompts = std::clamp<int64_t>(p_.prompts - block.from, 0, middle - block.from);
+    const int64_t seen = std::clamp<int64_t>(padded_ + block.limit - middle, 0, block.to - middle);
+    const int64_t start = (middle - block.from) / 16, end = (block.to - block.from) / 16;
+    const Span spans[2] = {{0, tiles_of_16(prompts), start}, {start, start + tiles_of_16(seen), end}};
+    if (!plain_) {
+      for (int64_t r = 0; r < block.rows; ++r) scale_row(block, r, prompts, start, seen, middle - padded_);
+    }
+    for (int64_t r = 0; r < block.rows; ++r) {
+      hide(scores_of(r), prompts, spans[0].last);
+      const int64_t own = block.causal.on ? padded_ + block.causal.limit(block.first + r) - middle : seen;
+      hide(scores_of(r) + start * kTileFloats, std::clamp<int64_t>(own, 0, seen), spans[1].last - start);
+    }
+    const float factor = plain_ ? p_.scale * kLog2e : 1;
+    for (int64_t r = 0; r < block.rows; r += 16) weigh_tile(spans, factor, r, std::min<int64_t>(block.rows - r, 16));
+  }
+
   float* scores_of(int64_t r) const { return scores_ + r / 16 * (block_ / 16) * kTileFloats + r % 16 * 16; }
   BFloat16* weights_of(int64_t r) const { return weights_ + r / 16 * (block_ / 32) * kTileHalves + r % 16 * 32; }
 
-  // Softmax of one row over the block [from, to) of keys, of which it sees `limit` instance keys.
-  void weigh_row(const HeadRows& queries, int64_t limit, int64_t row, int64_t r, int64_t from, int64_t to) {
-    const int64_t middle = std::clamp(padded_, from, to);
-    const Span spans[2] = {{0, std::clamp<int64_t>(p_.prompts - from, 0, middle - from), middle - from},
-                           {middle - from, std::clamp<int64_t>(padded_ + limit - middle, 0, to - middle), to - from}};
-    float* scores = scores_of(r);
-    float factor = p_.scale * kLog2e;
-    if (!plain_) {
-      scale_row(scores, spans[0], nullptr, 0);
-      const MaskRow mask(p_.mask, queries, row);
-      scale_row(scores, spans[1], p_.mask ? &mask : nullptr, middle - padded_);
-      factor = 1;
-    }
-    const float seen = std::max(largest(scores, spans[0]), largest(scores, spans[1])) * factor;
-    const float before = peak_[r], peak = std::max(before, seen);
-    // Where nothing is seen yet, anything but -inf will do: -inf - -inf is NaN.
-    const float shift = peak == -std::numeric_limits<float>::infinity() ? 0 : peak;
-    if (from > 0 && peak != before) rescale(r, before - shift);
-    peak_[r] = peak;
-    __m512 sum = _mm512_setzero_ps();
-    for (const Span& span : spans) sum = exponentials(scores, weights_of(r), span, factor, shift, sum);
-    total_[r] += _mm512_reduce_add_ps(sum);
-  }
-
   // Scores in units of log2, with what a mask adds to instance keys from `key`.
-  void scale_row(float* scores, const Span& span, const MaskRow* mask, int64_t key) const {
+  void scale_row(const Block& block, int64_t r, int64_t prompts, int64_t start, int64_t seen, int64_t key) const {
     const __m512 factor = _mm512_set1_ps(p_.scale * kLog2e);
-    for (int64_t j = 0; j < span.count; j += 16) {
-      float* at = scores + (span.first + j) * 16;
-      const __m512 add = mask ? mask->load(key + j, span.count - j) : _mm512_setzero_ps();
-      _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), factor, add));
+    float* at = scores_of(r);
+    for (int64_t j = 0; j < prompts; j += 16) {
+      _mm512_store_ps(at + j * 16, _mm512_mul_ps(_mm512_load_ps(at + j * 16), factor));
+    }
+    at += start * kTileFloats;
+    if (!p_.mask) {
+      for (int64_t j = 0; j < seen; j += 16) {
+        _mm512_store_ps(at + j * 16, _mm512_mul_ps(_mm512_load_ps(at + j * 16), factor));
+      }
+      return;
+    }
+    const MaskRow mask(p_.mask, block.queries, block.first + r);
+    for (int64_t j = 0; j < seen; j += 16) {
+      const __m512 x = _mm512_load_ps(at + j * 16);
+      _mm512_store_ps(at + j * 16, _mm512_fmadd_ps(x, factor, mask.load(key + j, seen - j)));
     }
   }
 
-  static float largest(const float* scores, const Span& span) {
-    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __m512 a = none, b = none;
-    const float* at = scores + span.first * 16;
-    int64_t left = span.count;
-    for (; left >= 32; left -= 32, at += 2 * kTileFloats) {
-      a = _mm512_max_ps(a, _mm512_load_ps(at));
-      b = _mm512_max_ps(b, _mm512_load_ps(at + kTileFloats));
+  // Scores of one row that are not of the first `seen` keys, to the end of its tiles.
+  static void hide(float* scores, int64_t seen, int64_t tiles) {
+    for (int64_t tile = seen / 16; tile < tiles; ++tile) {
+      const __mmask16 hidden = _mm512_knot(Vec::first(seen - tile * 16));
+      _mm512_mask_store_ps(scores + tile * kTileFloats, hidden, _mm512_set1_ps(kNone));
     }
-    if (left > 0) a = _mm512_max_ps(a, _mm512_mask_load_ps(none, Vec::first(left), at));
-    if (left > 16) b = _mm512_max_ps(b, _mm512_mask_load_ps(none, Vec::first(left - 16), at + kTileFloats));
-    return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
   }
 
-  static __m512 exponentials(const float* scores, BFloat16* weights, const Span& span, float factor, float shift,
-                             __m512 sum) {
-    const __m512 c = _mm512_set1_ps(factor), down = _mm512_set1_ps(-shift);
-    const float* at = scores + span.first * 16;
-    BFloat16* to = weights + span.first * 16;
-    int64_t left = span.count;
-    __m512 other = _mm512_setzero_ps();
-    for (; left >= 32; left -= 32, at += 2 * kTileFloats, to += kTileHalves) {
-      const __m512 x = exp2_to_round(_mm512_fmadd_ps(_mm512_load_ps(at), c, down));
-      const __m512 y = exp2_to_round(_mm512_fmadd_ps(_mm512_load_ps(at + kTileFloats), c, down));
-      sum = _mm512_add_ps(sum, x);
-      other = _mm512_add_ps(other, y);
-      _mm512_store_si512(to, to_bfloat16(x, y));
+  // Rows [r, r + rows) of one tile. Steps on 16 rows at once where they are short, one by one where they are long.
+  void weigh_tile(const Span (&spans)[2], float factor, int64_t r, int64_t rows) {
+    const __m512 none = _mm512_set1_ps(kNone), before = _mm512_load_ps(peak_ + r);
+    const __m512 peak = _mm512_max_ps(before, _mm512_mul_ps(largest(scores_of(r), spans), _mm512_set1_ps(factor)));
+    // Where nothing is seen yet, anything but -inf will do: -inf - -inf is NaN.
+    const __m512 shift = _mm512_mask_mov_ps(peak, _mm512_cmp_ps_mask(peak, none, _CMP_EQ_OQ), _mm512_setzero_ps());
+    alignas(64) float shifts[16], changes[16];
+    _mm512_store_ps(shifts, shift);
+    const __m512 change = exp2_to_round(_mm512_sub_ps(before, shift));
+    _mm512_store_ps(changes, change);
+    // A first block has no sums to change.
+    unsigned changed = _mm512_cmp_ps_mask(peak, before, _CMP_NEQ_UQ) & _mm512_cmp_ps_mask(before, none, _CMP_NEQ_UQ);
+    for (; changed; changed &= changed - 1) rescale(r + __builtin_ctz(changed), changes[__builtin_ctz(changed)]);
+    Vec sums[16];
+    for (int i = 0; i < 16; ++i) sums[i] = Vec(0.0f);
+    for (int64_t i = 0; i < rows; ++i) {
+      sums[i] = Vec(exponentials(scores_of(r + i), weights_of(r + i), spans, factor, shifts[i]));
     }
-    if (left > 0) {
-      // The second tile may not have been computed: what stands there must not get out.
-      const __mmask16 first = Vec::first(left), second = Vec::first(left - 16);
-      const __m512 x = exp2_to_round(_mm512_fmadd_ps(_mm512_maskz_load_ps(first, at), c, down));
-      const __m512 y = exp2_to_round(_mm512_fmadd_ps(_mm512_maskz_load_ps(second, at + kTileFloats), c, down));
-      sum = _mm512_mask_add_ps(sum, first, sum, x);
-      other = _mm512_mask_add_ps(other, second, other, y);
-      _mm512_store_si512(to, to_bfloat16(_mm512_maskz_mov_ps(first, x), _mm512_maskz_mov_ps(second, y)));
-      to += kTileHalves;
+    transpose(sums);
+    for (int step = 8; step > 0; step /= 2) {
+      for (int i = 0; i < step; ++i) sums[i] = sums[i] + sums[i + step];
     }
-    for (const BFloat16* end = weights + span.end * 16; to < end; to += kTileHalves) {
-      _mm512_store_si512(to, _mm512_setzero_si512());
+    _mm512_store_ps(total_ + r, _mm512_fmadd_ps(_mm512_load_ps(total_ + r), change, sums[0].v));
+    _mm512_store_ps(peak_ + r, peak);
+  }
+
+  // Maxima of the 16 rows of tiles.
+  static __m512 largest(const float* scores, const Span (&spans)[2]) {
+    Vec most[16];
+    for (int i = 0; i < 16; ++i) most[i] = Vec(kNone);
+    for (const Span& span : spans) {
+      for (int64_t tile = span.first; tile < span.last; ++tile) {
+        for (int i = 0; i < 16; ++i) most[i] = max(most[i], Vec::load(scores + tile * kTileFloats + i * 16));
+      }
+    }
+    transpose(most);
+    for (int step = 8; step > 0; step /= 2) {
+      for (int i = 0; i < step; ++i) most[i] = max(most[i], most[i + step]);
+    }
+    return most[0].v;
+  }
+
+  static __m512 exponentials(const float* scores, BFloat16* weights, const Span (&spans)[2], float factor,
+                             float shift) {
+    const __m512 c = _mm512_set1_ps(factor), down = _mm512_set1_ps(-shift), zero = _mm512_setzero_ps();
+    __m512 sum = zero, other = zero;
+    for (const Span& span : spans) {
+      const float* at = scores + span.first * kTileFloats;
+      BFloat16* to = weights + span.first / 2 * kTileHalves;
+      int64_t left = span.last - span.first;
+      for (; left >= 2; left -= 2, at += 2 * kTileFloats, to += kTileHalves) {
+        const __m512 x = exp2_to_round(_mm512_fmadd_ps(_mm512_load_ps(at), c, down));
+        const __m512 y = exp2_to_round(_mm512_fmadd_ps(_mm512_load_ps(at + kTileFloats), c, down));
+        sum = _mm512_add_ps(sum, x);
+        other = _mm512_add_ps(other, y);
+        _mm512_store_si512(to, to_bfloat16(x, y));
+      }
+      if (left > 0) {
+        const __m512 x = exp2_to_round(_mm512_fmadd_ps(_mm512_load_ps(at), c, down));
+        sum = _mm512_add_ps(sum, x);
+        _mm512_store_si512(to, to_bfloat16(x, zero));
+        to += kTileHalves;
+      }
+      for (const BFloat16* end = weights + span.end / 2 * kTileHalves; to < end; to += kTileHalves) {
+        _mm512_store_si512(to, _mm512_setzero_si512());
+      }
     }
     return _mm512_add_ps(sum, other);
   }
 
   // The sums of row r so far belong to another maximum.
-  void rescale(int64_t r, float difference) {
-    const __m512 by = exp2_to_round(_mm512_set1_ps(difference));
-    total_[r] *= _mm512_cvtss_f32(by);
+  void rescale(int64_t r, float change) const {
+    const __m512 by = _mm512_set1_ps(change);
     float* at = sums_ + r / 16 * nd_ * kTileFloats + r % 16 * 16;
     for (int64_t n = 0; n < nd_; ++n, at += kTileFloats) _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), by));
   }
 
   void finish(const HeadRows& queries, int64_t first, int64_t rows) {
-    const HeadRows out{out_, queries.sample, queries.head, queries.first, queries.groups};
-    const HeadRows lse{lse_, queries.sample, queries.head, queries.first, queries.groups};
+    const HeadRows out = lanes_of(queries, out_), lse = lanes_of(queries, lse_);
     for (int64_t from = 0; from < rows; from += 16) {
       const __m512 total = _mm512_load_ps(total_ + from);
       const __mmask16 some = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_NEQ_UQ);
@@ -190,6 +251,7 @@ class AttentionForward {
   const int64_t padded_;    // where instance keys begin
   const bool plain_;        // scores need no preparation
   int64_t block_, bytes_;
+  Ahead ahead_;
   BFloat16 *rounded_, *query_, *key_, *value_, *weights_;
   float *scores_, *sums_;
   alignas(64) float peak_[32], total_[32];
@@ -204,7 +266,8 @@ inline void forward(const PromptAttention& p, const Rows& out, const Rows& lse, 
   const double work = 4.0 * double(p.samples) * double(p.heads) * double(p.tq) * double(p.tk + p.prompts) *
                       double(p.dim);
   const int64_t bytes = AttentionForward(p, out, lse, Cutter()).bytes();
-  for_each(threads, runs * p.heads_kv * pieces, work, [&](int64_t task) {
+  const int64_t tasks = runs * p.heads_kv * pieces;
+  for_each(threads, tasks, work, [&](int64_t task) {
     const int64_t piece = task % pieces, head_kv = task / pieces % p.heads_kv;
     const SampleRun& run = found.runs[static_cast<size_t>(task / pieces / p.heads_kv)];
     AttentionForward kernel(p, out, lse, Cutter(Scratch::take(bytes)));
@@ -214,7 +277,16 @@ inline void forward(const PromptAttention& p, const Rows& out, const Rows& lse, 
       const int64_t s = found.order[static_cast<size_t>(i)], rows = p.queries_of(s) * p.groups();
       const int64_t blocks = (rows + 31) / 32;
       const int64_t from = 32 * (blocks * piece / pieces), to = std::min(32 * (blocks * (piece + 1) / pieces), rows);
-      if (from < to) kernel.attend(s, head_kv, from, to);
+      if (from >= to) continue;
+      if (pieces == 1) {
+        // The next sample of this run, or the first of the task that this thread is likely to take.
+        const int64_t later = i + 1 < run.end ? task : task + threads.count;
+        if (later < tasks) {
+          const int64_t place = later == task ? i + 1 : found.runs[static_cast<size_t>(later / p.heads_kv)].begin;
+          kernel.look_ahead(found.order[static_cast<size_t>(place)], later % p.heads_kv, blocks);
+        }
+      }
+      kernel.attend(s, head_kv, from, to);
     }
   });
 }

@@ -74,8 +74,9 @@ class Forward {
       : p_(p), out_(out), lse_(lse), scratch_(scratch),
         keys_(p, p.prompt_key, p.key, scratch.keys), values_(p, p.prompt_value, p.value, scratch.values) {}
 
-  // Blocks of lanes [first, end) of one key head.
-  void run(const KeyHead& head, int64_t first, int64_t end) {
+  // Blocks of lanes [first, end) of one key head; `next`: the head that follows, if it is known.
+  void run(const KeyHead& head, int64_t first, int64_t end, const KeyHead* next) {
+    bring_near(next);
     const KeyBlocks blocks{p_.prompts, head.keys()};
     keys_.load(head, 0, head.keys());
     values_.load(head, 0, head.keys());
@@ -83,6 +84,18 @@ class Forward {
   }
 
  private:
+  void bring_near(const KeyHead* next) {
+    ahead_.clear();
+    if (!next) return;
+    ahead_.add(p_.key, next->sample, next->head, next->row, next->tk, p_.dim);
+    ahead_.add(p_.value, next->sample, next->head, next->row, next->tk, p_.dim);
+    for (int64_t g = 0; g < p_.groups(); ++g) {
+      const int64_t h = next->head * p_.groups() + g;
+      ahead_.add(p_.query, next->sample, h, next->row, next->tq, p_.dim);
+      ahead_.add(out_, next->sample, h, next->row, next->tq, p_.dim);
+    }
+  }
+
   void run(const KeyHead& head, const KeyBlocks& blocks, const Lanes& lanes) {
     const Hiding hiding(head, lanes);
     const int64_t width = lanes.width, padded = to_vectors(p_.dim);
@@ -95,11 +108,11 @@ class Forward {
       if (hiding.whole(block)) continue;
       const FloatRows key = keys_[block], value = values_[block];
       multiply<Into::overwrite>(
-          {block.count, width, p_.dim, key.at, key.row, 1, scratch_.queries, width, scores, width});
+          {block.count, width, p_.dim, key.at, key.row, 1, scratch_.queries, width, scores, width, nullptr, &ahead_});
       hiding.apply(block, scores, scratch_.mask);
       softmax_block(block.count, width, scores, first, state);
       const Product product{
-          lanes.count, padded, block.count, scores, 1, width, value.at, value.row, out, padded, state.rescale};
+          lanes.count, padded, block.count, scores, 1, width, value.at, value.row, out, padded, state.rescale, &ahead_};
       first ? multiply<Into::overwrite>(product) : multiply<Into::scaled>(product);
       first = false;
     }
@@ -125,6 +138,7 @@ class Forward {
   const Rows &out_, &lse_;
   ForwardScratch scratch_;
   KeyRows keys_, values_;
+  Ahead ahead_;
 };
 
 // Tasks are runs of blocks of lanes of one key head, or runs of samples where those are short.
@@ -143,23 +157,32 @@ struct ForwardTasks {
     const double samples = worth / (work * lanes + 1e4);
     samples_a_task = tasks_a_sample > 1 ? 1 : std::clamp<int64_t>(static_cast<int64_t>(samples), 1, 64);
   }
+
+  int64_t part(int64_t task) const { return task % tasks_a_sample; }
+  int64_t head(int64_t task, const PromptAttention& p) const { return task / tasks_a_sample % p.heads_kv; }
+  int64_t sample(int64_t task, const PromptAttention& p) const {
+    return task / tasks_a_sample / p.heads_kv * samples_a_task;
+  }
 };
 
 void prompt_attention_forward(const PromptAttention& p, const Rows& out, const Rows& lse, const Threads& threads) {
   const ForwardTasks cut(p);
-  const int64_t sample_tasks = blocks_of(p.samples, cut.samples_a_task);
+  const int64_t tasks = blocks_of(p.samples, cut.samples_a_task) * p.heads_kv * cut.tasks_a_sample;
   const double work = 4.0 * static_cast<double>(p.samples * p.heads * p.tq * (p.prompts + p.tk) * p.dim);
-  for_each(threads, sample_tasks * p.heads_kv * cut.tasks_a_sample, work, [&](int64_t task) {
-    const int64_t part = task % cut.tasks_a_sample, head = task / cut.tasks_a_sample % p.heads_kv;
-    const int64_t first = task / cut.tasks_a_sample / p.heads_kv * cut.samples_a_task;
+  for_each_ahead(threads, tasks, work, [&](int64_t task, int64_t following) {
+    const int64_t head = cut.head(task, p), end = std::min(cut.sample(task, p) + cut.samples_a_task, p.samples);
     Cutter count;
     ForwardScratch(p, count);
     Cutter cutter(Scratch::take(count.used()));
     Forward forward(p, out, lse, ForwardScratch(p, cutter));
-    for (int64_t s = first; s < std::min(first + cut.samples_a_task, p.samples); ++s) {
+    for (int64_t s = cut.sample(task, p); s < end; ++s) {
       const KeyHead key_head{p, s, head};
-      const int64_t blocks = blocks_of(key_head.lanes(), kLanes), begin = part * cut.blocks_a_task;
-      if (begin < blocks) forward.run(key_head, begin, std::min(begin + cut.blocks_a_task, blocks));
+      const int64_t blocks = blocks_of(key_head.lanes(), kLanes), begin = cut.part(task) * cut.blocks_a_task;
+      if (begin >= blocks) continue;
+      const bool same = s + 1 < end, known = cut.tasks_a_sample == 1 && (same || following >= 0);
+      const int64_t next_head = same || !known ? head : cut.head(following, p);
+      const KeyHead next{p, same ? s + 1 : known ? cut.sample(following, p) : s, next_head};
+      forward.run(key_head, begin, std::min(begin + cut.blocks_a_task, blocks), known ? &next : nullptr);
     }
   });
 }

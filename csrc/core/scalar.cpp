@@ -7,4 +7,5 @@
 
 #include "decode_kernels.h"
 #include "key_scores_kernels.h"
+#include "prompt_attention_backward.h"
 #include "prompt_attention_forward.h"

@@ -40,20 +40,22 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Memory that the tasks of one call share.
-class Buffer {
+// Memory of one call, shared by its tasks; uninitialised.
+class CallMemory {
  public:
-  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(kAlignment, round_up(bytes, kAlignment))) {
-    if (!data_ && bytes) throw std::bad_alloc();
+  explicit CallMemory(int64_t bytes) {
+    if (bytes == 0) return;
+    data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(round_up(bytes, kAlignment))));
+    if (!data_) throw std::bad_alloc();
   }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+  ~CallMemory() { std::free(data_); }
+  CallMemory(const CallMemory&) = delete;
+  CallMemory& operator=(const CallMemory&) = delete;
 
-  std::byte* data() const { return static_cast<std::byte*>(data_); }
+  std::byte* data() const { return data_; }
 
  private:
-  void* data_;
+  std::byte* data_ = nullptr;
 };
 
 // Cuts a buffer into aligned arrays. Without a buffer it only counts: run the same cuts once to learn the size.

@@ -65,7 +65,7 @@ inline Vec load_first(const void* at, DType dtype, int64_t offset, int64_t n) {
   }
 }
 
-// Rounded once, to nearest even; NaN stays NaN.
+// Rounded once, to nearest even; NaN stays NaN. For x < inf.
 inline void store_first(Vec x, void* at, DType dtype, int64_t offset, int64_t n) {
   switch (dtype) {
     case DType::bfloat16: return x.store_first(static_cast<BFloat16*>(at) + offset, n);

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastprompt import config
 from fastprompt.errors import ImplUnavailableError
+from fastprompt.ops.cpp import wins
 
 IMPLS = ("auto", "reference", "triton", "cpp")
 
@@ -34,7 +35,7 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 MORE_HEAD_SIZES = {"decoupled_attention": (40, 160)}
 
 #: The operations that have C++ kernels for the CPU; `fastprompt.ops.cpp.wins` says where they win.
-CPP_OPS = ("prompt_attention", "prompt_attention_varlen")
+CPP_OPS = ("decoupled_attention", "prompt_attention", "prompt_attention_varlen")
 
 #: Prompts whose scores a program of `diffuse_prompts` can hold.
 MOST_PROMPTS = 512
@@ -107,7 +108,7 @@ def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[st
 def _reasons_against_cpp(op: str, tensors: Sequence[Tensor], by_name: bool) -> list[str]:
     if tensors[0].device.type != "cpu":
         return [f"the tensors are on {tensors[0].device.type}, not on the CPU"]
-    return backend("wins", "cpp").reasons_against(op, tensors, by_name)
+    return wins.reasons_against(op, tensors, by_name)
 
 
 def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
@@ -184,7 +185,7 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
 
     Example:
         >>> import torch, fastprompt
-        >>> x = torch.zeros(1, 2, 4, 8)
+        >>> x = torch.zeros(1, 2, 4, 8, dtype=torch.float64)
         >>> fastprompt.explain(fastprompt.ops.prompt_attention, x, x, x, x, x).impl
         'cpu'
     """

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x``, copied only if the elements of its last dimension are not neighbours; CPU kernels take any other stride."""
+    """``x``, copied only if its last dimension is not dense; CPU kernels take every other stride."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -41,6 +41,11 @@ def best_isa() -> str:
     return "" if module is None else module.isa
 
 
+# What torch.compiler.assume_constant_result sets; calling it would import all of dynamo with fastprompt.
+for _constant in (missing, best_isa):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def compiler() -> str:
     """What compiled the kernels; empty where there are none."""
     module = _load()[0]

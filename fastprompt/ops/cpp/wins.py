@@ -11,6 +11,8 @@ from fastprompt.ops.cpp.extension import ISAS, best_isa, missing
 
 #: The least level, for an operation and a dtype, at which C++ was measured to be faster than PyTorch's kernels.
 LEAST_ISA: dict[str, dict[str, str]] = {
+    # bench/results/decoupled_attention-cpu.jsonl
+    "decoupled_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
     # bench/results/prompt_attention-cpu.jsonl
     "prompt_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
     # bench/results/prompt_attention_varlen-cpu.jsonl

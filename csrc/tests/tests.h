@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tests that main.cpp runs. `small` asks for sizes that an interpreter such as valgrind can run.
+#pragma once
+
+namespace fastprompt::tests {
+
+void vec_scalar();
+void vec_avx2();
+void vec_avx512();
+void parallel();
+
+}  // namespace fastprompt::tests

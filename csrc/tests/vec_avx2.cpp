@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#define FASTPROMPT_LEVEL 1
+#include "level.h"
+#include "tests.h"
+#include "vec_levels.h"
+
+void fastprompt::tests::vec_avx2() { avx2::test_vec(); }
