@@ -9,7 +9,7 @@ namespace fastprompt::FASTPROMPT_NAMESPACE {
 
 class TileScores {
  public:
-  static constexpr int64_t kKeys = 256, kRows = 128, kPair = 32;  // kPair: rows or keys of two tiles
+  static constexpr int64_t kKeys = 256, kRows = 64, kPair = 32;  // kPair: rows or keys of two tiles
 
   void cut(const KeyScores& p, Cutter& cutter) {
     depth_ = tiles_of_32(p.dim);
