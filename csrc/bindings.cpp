@@ -12,10 +12,15 @@
 
 #include <optional>
 
+#include "diffuse_prompts.h"
+#include "decode.h"
+#include "key_scores.h"
 #include "prompt_attention.h"
 
 namespace {
 
+using fastprompt::DiffusePrompts;
+using fastprompt::DiffusePromptsGrads;
 using fastprompt::DType;
 using fastprompt::Isa;
 using fastprompt::Mask;
@@ -112,6 +117,65 @@ void prompt_attention_backward(const Tensor grad_out, MaybeTensor grad_lse, cons
   fastprompt::prompt_attention_backward(p, grads, level(isa), threads());
 }
 
+// [sample, token, width], or [prompt, width].
+Rows token_rows(const Tensor& x) { return {x.data_ptr(), dtype_of(x), x.stride(0), 0, x.stride(1)}; }
+Rows token_rows(const MaybeTensor& x) { return x ? token_rows(*x) : Rows(); }
+Rows table(const Tensor& x) { return {x.data_ptr(), dtype_of(x), 0, 0, x.stride(0)}; }
+Rows table(const MaybeTensor& x) { return x ? table(*x) : Rows(); }
+
+DiffusePrompts diffusion(const Tensor& x, const MaybeTensor& base, const Tensor& prompts, const Tensor& keys,
+                         double factor, bool softmax, bool rowmax) {
+  DiffusePrompts p;
+  p.samples = x.size(0), p.tokens = x.size(1), p.width = x.size(2), p.prompts = prompts.size(0);
+  p.x = token_rows(x), p.base = token_rows(base), p.values = table(prompts), p.keys = table(keys);
+  p.factor = static_cast<float>(factor), p.softmax = softmax, p.rowmax = rowmax;
+  return p;
+}
+
+void diffuse_prompts(const Tensor x, const Tensor base, const Tensor prompts, const Tensor keys, double factor,
+                     bool softmax, bool rowmax, int64_t isa, Tensor out) {
+  const auto p = diffusion(x, base, prompts, keys, factor, softmax, rowmax);
+  fastprompt::diffuse_prompts_forward(p, token_rows(out), level(isa), threads());
+}
+
+void diffuse_prompts_backward(const Tensor grad_out, const Tensor x, MaybeTensor base, const Tensor prompts,
+                              const Tensor keys, double factor, bool softmax, bool rowmax, int64_t isa,
+                              MaybeTensor x_grad, MaybeTensor base_grad, MaybeTensor prompts_grad,
+                              MaybeTensor keys_grad, MaybeTensor log_scale_grad) {
+  const auto p = diffusion(x, base, prompts, keys, factor, softmax, rowmax);
+  DiffusePromptsGrads grads;
+  grads.grad_out = token_rows(grad_out), grads.x = token_rows(x_grad), grads.base = token_rows(base_grad);
+  grads.values = table(prompts_grad), grads.keys = table(keys_grad);
+  grads.log_scale = log_scale_grad ? log_scale_grad->mutable_data_ptr<float>() : nullptr;
+  fastprompt::diffuse_prompts_backward(p, grads, level(isa), threads());
+}
+
+// One new token for every sample: query [B,Hq,T,D] over blocks of keys [N,D], of head h of sample s those from row
+// ends[i] to ends[i + 1], i = s * Hkv + h, and over key [B,Hkv,Tk,D].
+void decode_blocks(const Tensor query, const Tensor key, const Tensor value, const Tensor block_key,
+                   const Tensor block_value, const Tensor ends, double scale, int64_t isa, Tensor out, Tensor lse) {
+  PromptAttention p;
+  p.samples = query.size(0), p.heads = query.size(1), p.heads_kv = key.size(1), p.dim = query.size(3);
+  p.tq = query.size(2), p.tk = key.size(2);
+  p.query = rows(query), p.key = rows(key), p.value = rows(value);
+  p.prompt_key = table(block_key), p.prompt_value = table(block_value);
+  p.scale = static_cast<float>(scale);
+  fastprompt::decode(p, ends.const_data_ptr<int64_t>(), rows(out), rows(lse), level(isa), threads());
+}
+
+void key_scores(const Tensor query, const Tensor key, const Tensor lse, MaybeTensor query_mask, MaybeTensor key_mask,
+                bool is_causal, int64_t query_start, double scale, bool visible, int64_t group_reduce, int64_t isa,
+                Tensor scores) {
+  fastprompt::KeyScores p;
+  p.samples = query.size(0), p.heads = query.size(1), p.heads_kv = key.size(1), p.dim = query.size(3);
+  p.tq = query.size(2), p.tk = key.size(2);
+  p.query = rows(query), p.key = rows(key), p.lse = rows(lse);
+  p.query_mask = token_rows(query_mask), p.key_mask = token_rows(key_mask);
+  p.query_start = query_start, p.causal = is_causal, p.visible = visible;
+  p.reduce = static_cast<fastprompt::GroupReduce>(group_reduce), p.scale = static_cast<float>(scale);
+  fastprompt::key_scores(p, rows(scores), level(isa), threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
@@ -124,11 +188,28 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
       "Tensor prompt_key, Tensor prompt_value, Tensor? prompt_index, Tensor? attn_mask, Tensor? cu_seqlens, "
       "int max_seqlen, Tensor out, Tensor lse, bool is_causal, float scale, int isa, Tensor(a!)? query_grad, "
       "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) -> ()");
+  m.def(
+      "decode_blocks(Tensor query, Tensor key, Tensor value, Tensor block_key, Tensor block_value, Tensor ends, "
+      "float scale, int isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "key_scores(Tensor query, Tensor key, Tensor lse, Tensor? query_mask, Tensor? key_mask, bool is_causal, "
+      "int query_start, float scale, bool visible, int group_reduce, int isa, Tensor(a!) scores) -> ()");
+  m.def(
+      "diffuse_prompts(Tensor x, Tensor base, Tensor prompts, Tensor keys, float factor, bool softmax, bool rowmax, "
+      "int isa, Tensor(a!) out) -> ()");
+  m.def(
+      "diffuse_prompts_backward(Tensor grad_out, Tensor x, Tensor? base, Tensor prompts, Tensor keys, float factor, "
+      "bool softmax, bool rowmax, int isa, Tensor(a!)? x_grad, Tensor(b!)? base_grad, Tensor(c!)? prompts_grad, "
+      "Tensor(d!)? keys_grad, Tensor(e!)? log_scale_grad) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastprompt_cpp, CPU, m) {
   m.impl("prompt_attention", TORCH_BOX(&prompt_attention));
   m.impl("prompt_attention_backward", TORCH_BOX(&prompt_attention_backward));
+  m.impl("decode_blocks", TORCH_BOX(&decode_blocks));
+  m.impl("key_scores", TORCH_BOX(&key_scores));
+  m.impl("diffuse_prompts", TORCH_BOX(&diffuse_prompts));
+  m.impl("diffuse_prompts_backward", TORCH_BOX(&diffuse_prompts_backward));
 }
 
 #ifdef __clang__

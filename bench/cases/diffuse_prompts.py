@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import Case, Provider, Step, Work, tolerance
+from bench.case import Case, Provider, Step, Work, composed, tolerance
 from fastprompt.ops import diffuse_prompts
 from fastprompt.ops.dispatch import IMPLS
 
@@ -71,6 +71,7 @@ def build(
     }
     for impl in IMPLS[1:]:
         providers[f"fastprompt/{impl}"] = provider(lambda impl=impl: step(lambda *x: diffuse_prompts(*x, impl=impl)))
+    providers |= composed(device, providers)
     providers["attention"] = Provider(lambda: step(sdpa, attended, grad_heads))
     providers["attention/concat"] = Provider(lambda: step(_concat, joined, grad_heads))
 

@@ -29,10 +29,11 @@ class TileScope {
 };
 
 // Tiles of a product's operand. `across`: from one tile of rows of A (columns of B) to the next, `along` the sum; both
-// in tiles.
+// in `unit` halves. Rows of a tile of A may lie `a_stride` bytes apart: rows of a matrix are read where they are.
 struct Operand {
   const BFloat16* data;
   int64_t across, along;
+  int64_t unit = kTileHalves, a_stride = 64;
 };
 
 // Tiles of C and the way between them.
@@ -60,19 +61,19 @@ inline void multiply_block(const Operand& a, const Operand& b, int64_t depth, co
     if constexpr (M == 2) _tile_zero(2);
     if constexpr (M == 2 && N == 2) _tile_zero(3);
   }
-  const BFloat16 *a0 = a.data, *a1 = a0 + a.across * kTileHalves;
+  const BFloat16 *a0 = a.data, *a1 = a0 + a.across * a.unit;
   const BFloat16 *b0 = b.data, *b1 = b0 + b.across * kTileHalves;
-  const int64_t step_a = a.along * kTileHalves, step_b = b.along * kTileHalves;
+  const int64_t step_a = a.along * a.unit, step_b = b.along * kTileHalves;
   for (int64_t k = 0; k < depth; ++k) {
     _tile_loadd(6, b0 + k * step_b, 64);
-    _tile_loadd(4, a0 + k * step_a, 64);
+    _tile_loadd(4, a0 + k * step_a, a.a_stride);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N == 2) {
       _tile_loadd(7, b1 + k * step_b, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (M == 2) {
-      _tile_loadd(5, a1 + k * step_a, 64);
+      _tile_loadd(5, a1 + k * step_a, a.a_stride);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (N == 2) _tile_dpbf16ps(3, 5, 7);
     }
@@ -102,7 +103,7 @@ inline void multiply(Operand a, const Operand& b, int64_t rows, int64_t columns,
       right.data += 2 * b.across * kTileHalves;
       out.data += 2 * c.column * kTileFloats;
     }
-    a.data += 2 * a.across * kTileHalves;
+    a.data += 2 * a.across * a.unit;
     c.data += 2 * c.row * kTileFloats;
   }
 }

@@ -27,6 +27,7 @@
 #endif
 
 // Own headers whose inline functions are shared by all levels.
+#include "diffuse_prompts.h"
 #include "isa.h"
 #include "parallel.h"
 #include "prompt_attention.h"

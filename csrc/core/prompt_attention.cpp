@@ -2,12 +2,14 @@
 #include "prompt_attention.h"
 
 #include "amx.h"
+#include "decode.h"
 #include "prompt_attention_levels.h"
 
 namespace fastprompt {
 
 void prompt_attention_forward(const PromptAttention& p, const Rows& out, const Rows& lse, Isa isa,
                               const Threads& threads) {
+  if (suits_decode(p)) return decode(p, nullptr, out, lse, isa, threads);
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::amx:

@@ -35,7 +35,7 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 MORE_HEAD_SIZES = {"decoupled_attention": (40, 160)}
 
 #: The operations that have C++ kernels for the CPU; `fastprompt.ops.cpp.wins` says where they win.
-CPP_OPS = ("decoupled_attention", "prompt_attention", "prompt_attention_varlen")
+CPP_OPS = tuple(wins.LEAST_ISA)
 
 #: Prompts whose scores a program of `diffuse_prompts` can hold.
 MOST_PROMPTS = 512

@@ -60,9 +60,9 @@ def operations() -> Any:
 
 
 def isa_number(isa: str | None) -> int:
-    """What the kernels call a level; -1, the best of this processor, for None."""
+    """What the kernels call a level; the best of this processor for None."""
     if isa is None:
-        return -1
+        isa = best_isa()
     if isa not in ISAS:
         raise ValueError(f"isa: got {isa!r}, expected one of {', '.join(map(repr, ISAS))}")
     if ISAS.index(isa) > ISAS.index(best_isa()):

@@ -13,13 +13,17 @@ from fastprompt.ops.cpp.extension import ISAS, best_isa, missing
 LEAST_ISA: dict[str, dict[str, str]] = {
     # bench/results/decoupled_attention-cpu.jsonl
     "decoupled_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+    # bench/results/diffuse_prompts-cpu.jsonl
+    "diffuse_prompts": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
+    # bench/results/key_scores-cpu.jsonl
+    "key_scores": {"float32": "avx2", "bfloat16": "avx512", "float16": "avx2"},
     # bench/results/prompt_attention-cpu.jsonl
     "prompt_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
     # bench/results/prompt_attention_varlen-cpu.jsonl
     "prompt_attention_varlen": {"float32": "avx2", "bfloat16": "amx", "float16": "avx2"},
 }
 
-#: The largest head size that the kernels take.
+#: The largest head size that the kernels of attention take.
 MOST_DIM = 256
 
 
@@ -35,6 +39,6 @@ def reasons_against(op: str, tensors: Sequence[Tensor], by_name: bool) -> list[s
         reasons.append(f"PyTorch's kernels were measured to be as fast in {dtype}")
     elif not by_name and least is not None and ISAS.index(best_isa()) < ISAS.index(least):
         reasons.append(f"in {dtype} it was measured to win from {least} on; this processor has {best_isa()}")
-    if tensors[0].shape[-1] > MOST_DIM:
+    if op != "diffuse_prompts" and tensors[0].shape[-1] > MOST_DIM:
         reasons.append(f"head size {tensors[0].shape[-1]} is more than {MOST_DIM}")
     return reasons

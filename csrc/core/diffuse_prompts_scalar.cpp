@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#define FASTPROMPT_LEVEL 0
+#include "level.h"
+
+// After level.h, whose target holds for what follows.
+#include "diffuse_prompts_levels.h"
+
+#include "diffuse_prompts_float_backward.h"
