@@ -8,5 +8,6 @@ void vec_scalar();
 void vec_avx2();
 void vec_avx512();
 void parallel();
+void diffuse_prompts(bool small);
 
 }  // namespace fastprompt::tests
