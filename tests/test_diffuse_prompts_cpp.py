@@ -170,8 +170,10 @@ def test_huge_and_tiny_scores(factor, isa):  # noqa: F811
         got = run(inputs, grad, impl="cpp", activation="softmax")
         # The oracle's exponentials would overflow.
         want = run([t.double() for t in inputs], grad.double(), impl="reference", activation="softmax")
-        for a, b in zip(got, want, strict=True):
-            assert (a - b).abs().max() <= 16 * torch.finfo(dtype).eps * b.abs().max()
+        # The gradient of the scale is a sum whose terms cancel.
+        sizes = [*(t.abs().max() for t in want[:-1]), (grad * want[0]).abs().sum()]
+        for a, b, size in zip(got, want, sizes, strict=True):
+            assert (a - b).abs().max() <= 8 * torch.finfo(dtype).eps * size
 
 
 def test_scores_beyond_float16(isa):  # noqa: F811

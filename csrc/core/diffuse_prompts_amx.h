@@ -39,7 +39,7 @@ inline void multiply_deep(const Operand& a, const Operand& b, int64_t rows, int6
                           const Result& c) {
   constexpr int64_t kWide = 8, kDeep = 6;
   for (int64_t n = 0; n < columns; n += kWide) {
-    for (int64_t k = 0; k < depth; k += kDeep) {
+    for (int64_t k = 0; k == 0 || k < depth; k += kDeep) {
       Operand left = a, right = b;
       left.data += k * a.along * a.unit;
       right.data += (n * b.across + k * b.along) * b.unit;
