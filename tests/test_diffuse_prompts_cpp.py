@@ -117,7 +117,7 @@ def test_rows_begin_anywhere(offset, isa):  # noqa: F811
 def test_rows_lie_anywhere(isa):  # noqa: F811
     """Rows and samples that overlap, are shared or far apart give the bits of their copies."""
     for dtype in DTYPES:
-        x, base, *learned = normal(dtype, 2, 48, 20, 64)
+        x, _, *learned = normal(dtype, 2, 48, 20, 64)
         grad = torch.randn_like(x)
         wide = torch.randn(2, 60, 70).to(dtype)
         for view in (wide[:, 3:51, 5:69], wide[:1, :48, :64].expand(2, -1, -1), wide[:, :1, 1:65].expand(-1, 48, -1)):
