@@ -117,7 +117,7 @@ def test_rows_begin_anywhere(offset, isa):  # noqa: F811
 def test_rows_lie_anywhere(isa):  # noqa: F811
     """Rows and samples that overlap, are shared or far apart give the bits of their copies."""
     for dtype in DTYPES:
-        x, base, *learned = normal(dtype, 2, 48, 20, 64)
+        x, _, *learned = normal(dtype, 2, 48, 20, 64)
         grad = torch.randn_like(x)
         wide = torch.randn(2, 60, 70).to(dtype)
         for view in (wide[:, 3:51, 5:69], wide[:1, :48, :64].expand(2, -1, -1), wide[:, :1, 1:65].expand(-1, 48, -1)):
@@ -170,8 +170,10 @@ def test_huge_and_tiny_scores(factor, isa):  # noqa: F811
         got = run(inputs, grad, impl="cpp", activation="softmax")
         # The oracle's exponentials would overflow.
         want = run([t.double() for t in inputs], grad.double(), impl="reference", activation="softmax")
-        for a, b in zip(got, want, strict=True):
-            assert (a - b).abs().max() <= 16 * torch.finfo(dtype).eps * b.abs().max()
+        # The gradient of the scale is a sum whose terms cancel.
+        sizes = [*(t.abs().max() for t in want[:-1]), (grad * want[0]).abs().sum()]
+        for a, b, size in zip(got, want, sizes, strict=True):
+            assert (a - b).abs().max() <= 8 * torch.finfo(dtype).eps * size
 
 
 def test_scores_beyond_float16(isa):  # noqa: F811

@@ -38,15 +38,18 @@ void diffuse_prompts_backward(const DiffusePrompts& p, const DiffusePromptsGrads
 
 // Rows of all tokens, sample after sample.
 struct TokenRows {
-  Rows rows;
-  int64_t tokens;
+  TokenRows(const Rows& r, const DiffusePrompts& p)
+      : rows(r), tokens(p.tokens), even(p.samples == 1 || r.sample == p.tokens * r.row) {}
 
   char* at(int64_t r) const {
+    if (even) return rows.at(0, 0, r);
     const int64_t s = r / tokens;
     return rows.at(s, 0, r - s * tokens);
   }
-  // Whether the next row is always as far.
-  bool even(int64_t samples) const { return samples == 1 || rows.sample == tokens * rows.row; }
+
+  const Rows rows;
+  const int64_t tokens;
+  const bool even;  // whether the next row is always as far
 };
 
 // Token number `i` of `count` nearly equal parts of all rows, at whole groups of 32.

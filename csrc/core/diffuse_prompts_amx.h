@@ -17,8 +17,37 @@ constexpr int64_t kBlock = 256;  // most tokens of one product that sums over th
 inline const BFloat16* halves(const char* at) { return reinterpret_cast<const BFloat16*>(at); }
 inline BFloat16* halves(char* at) { return reinterpret_cast<BFloat16*>(at); }
 
+// Row of 32 bfloat16: all of them, or those that a mask keeps; the others are zeros.
+struct Whole {};
+inline __m512i load_32(const BFloat16* at, Whole) { return _mm512_loadu_si512(at); }
+inline __m512i load_32(const BFloat16* at, __mmask32 kept) { return _mm512_maskz_loadu_epi16(kept, at); }
+inline void store_32(BFloat16* at, Whole, __m512i x) { _mm512_storeu_si512(at, x); }
+inline void store_32(BFloat16* at, __mmask32 kept, __m512i x) { _mm512_mask_storeu_epi16(at, kept, x); }
 inline __m512 widen_low(__m512i x) { return Vec::widen(_mm512_castsi512_si256(x)); }
 inline __m512 widen_high(__m512i x) { return Vec::widen(_mm512_extracti64x4_epi64(x, 1)); }
+
+// f(d, Whole or mask) for every 32 of `width` columns.
+template <class Function>
+inline void each_32(int64_t width, const Function& f) {
+  int64_t d = 0;
+  for (; d + 32 <= width; d += 32) f(d, Whole());
+  if (d < width) f(d, first_halves(width - d));
+}
+
+// C = A B where B does not fit in the nearest cache: in parts that do, of at most 8 x 4 tiles, for all rows of A.
+inline void multiply_deep(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth,
+                          const Result& c) {
+  constexpr int64_t kWide = 8, kDeep = 6;
+  for (int64_t n = 0; n < columns; n += kWide) {
+    for (int64_t k = 0; k == 0 || k < depth; k += kDeep) {
+      Operand left = a, right = b;
+      left.data += k * a.along * a.unit;
+      right.data += (n * b.across + k * b.along) * b.unit;
+      multiply(left, right, rows, std::min(columns - n, kWide), std::min(depth - k, kDeep),
+               {c.data + n * c.column * kTileFloats, c.row, c.column}, k > 0);
+    }
+  }
+}
 
 // Keys and values of a call as the B of products: pairs of dims for sums over the width, pairs of prompts for sums
 // over prompts.
@@ -88,7 +117,7 @@ class DiffusedGroup {
  public:
   DiffusedGroup(const DiffusePrompts& p, Cutter& cutter)
       : p_(p), kd_(tiles_of_32(p.width)), nd_(tiles_of_16(p.width)), kp_(tiles_of_32(p.prompts)),
-        even_(p.width % 32 == 0) {
+        even_(p.width % 32 == 0), pad_low_(pads(p.prompts % 32)), pad_high_(pads(p.prompts % 32 - 16)) {
     packed_ = cutter.cut<BFloat16>(2 * kd_ * kTileHalves);
     sums_ = cutter.cut<float>(2 * kChunk * kTileFloats);
   }
@@ -96,7 +125,7 @@ class DiffusedGroup {
   // scores [tiles of tokens, 2 * kp_] = the rows' product with keys or values.
   void multiply_rows(const TokenRows& rows, int64_t first, int64_t count, const Operand& b, float* scores) const {
     const int64_t tiles = tiles_of_16(count);
-    multiply(operand(rows, first, count), b, tiles, tiles_of_16(p_.prompts), kd_, {scores, 2 * kp_, 1}, false);
+    multiply_deep(operand(rows, first, count), b, tiles, tiles_of_16(p_.prompts), kd_, {scores, 2 * kp_, 1});
   }
 
   // write(r, first tile of columns, tiles, their sums) for every row of weights [count, 32 * kp_] times prompts.
@@ -113,32 +142,33 @@ class DiffusedGroup {
     }
   }
 
-  // Activations of a row, in place of its scores; returns its weight times `factor`. What stands past the last prompt
-  // is not read: it may be NaN.
+  // Activations of a row, in place of its scores; returns its weight times `factor`.
   float activate(float* scores) const {
+    clear_pads(scores, p_.softmax ? -std::numeric_limits<float>::infinity() : 0.0f);
     const __m512 low = _mm512_set1_ps(p_.softmax ? -std::numeric_limits<float>::infinity() : 0.0f);
-    __m512 top = low;
+    __m512 top = low, other = low;
     __mmask16 nan = 0;
-    for (int64_t j = 0; j < p_.prompts; j += 16, scores += kTileFloats) {
-      const __m512 x = _mm512_mask_load_ps(low, Vec::first(p_.prompts - j), scores);
-      const __m512 a = _mm512_max_ps(low, x);  // x where x is NaN
-      nan |= _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-      top = _mm512_max_ps(top, a);
-      _mm512_store_ps(scores, a);
+    for (int64_t j = 0; j < kp_; ++j) {
+      float* at = scores + j * 2 * kTileFloats;
+      const __m512 x = _mm512_max_ps(low, _mm512_load_ps(at));  // NaN stays NaN
+      const __m512 y = _mm512_max_ps(low, _mm512_load_ps(at + kTileFloats));
+      nan |= _mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q);
+      top = _mm512_max_ps(top, x), other = _mm512_max_ps(other, y);
+      _mm512_store_ps(at, x);
+      _mm512_store_ps(at + kTileFloats, y);
     }
-    float peak = nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(top);
-    if (p_.softmax) peak = normalize(scores - tiles_of_16(p_.prompts) * kTileFloats, peak);
+    float peak = _mm512_reduce_max_ps(_mm512_max_ps(top, other));
+    if (nan) peak = std::numeric_limits<float>::quiet_NaN();
+    if (p_.softmax) peak = normalize(scores, peak);
     return p_.rowmax && p_.prompts ? p_.factor * peak : p_.factor;
   }
 
-  // Two tiles of a row from prompt j on, zeros past the last prompt.
-  struct Pair {
-    __m512 low, high;
-  };
-  Pair load(const float* row, int64_t j) const {
-    const float* at = row + j * 16;
-    return {_mm512_maskz_load_ps(Vec::first(p_.prompts - j), at),
-            _mm512_maskz_load_ps(Vec::first(p_.prompts - j - 16), at + kTileFloats)};
+  // What stands past the last prompt may be anything, NaN too.
+  void clear_pads(float* row, float to) const {
+    const __m512 x = _mm512_set1_ps(to);
+    row += p_.prompts / 32 * 2 * kTileFloats;
+    _mm512_mask_store_ps(row, pad_low_, x);
+    _mm512_mask_store_ps(row + kTileFloats, pad_high_, x);
   }
 
   const DiffusePrompts& p_;
@@ -147,32 +177,37 @@ class DiffusedGroup {
  private:
   // Rows of whole tiles are read where they are, others are copied.
   Operand operand(const TokenRows& rows, int64_t first, int64_t count) const {
-    if (even_ && count % 16 == 0 && rows.even(p_.samples)) {
+    if (even_ && count % 16 == 0 && rows.even) {
       return {halves(rows.at(first)), rows.rows.row, 2, 16, rows.rows.row * 2};
     }
     pack_rows([&](int64_t r) { return halves(rows.at(first + r)); }, count, p_.width, packed_);
     return {packed_, kd_, 1};
   }
 
-  // Softmax; returns its largest weight.
+  // Past the first n of 16, if these are not all.
+  __mmask16 pads(int64_t n) const { return p_.prompts % 32 == 0 ? 0 : static_cast<__mmask16>(~Vec::first(n)); }
+
+  // Softmax; returns its largest weight. Pads become zeros.
   float normalize(float* scores, float peak) const {
     const __m512 down = _mm512_set1_ps(peak), log2e = _mm512_set1_ps(1.44269504f);
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < p_.prompts; j += 16) {
-      float* at = scores + j * 16;
+    for (int64_t j = 0; j < 2 * kp_; ++j) {
+      float* at = scores + j * kTileFloats;
       const __m512 x = exp2_to_round(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(at), down), log2e));
-      sum = _mm512_mask_add_ps(sum, Vec::first(p_.prompts - j), sum, x);
+      sum = _mm512_add_ps(sum, x);
       _mm512_store_ps(at, x);
     }
     const float inverse = 1 / _mm512_reduce_add_ps(sum);
-    for (int64_t j = 0; j < p_.prompts; j += 16) {
-      float* at = scores + j * 16;
+    for (int64_t j = 0; j < 2 * kp_; ++j) {
+      float* at = scores + j * kTileFloats;
       _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(inverse)));
     }
+    clear_pads(scores, 0);
     return inverse;
   }
 
   const bool even_;
+  const __mmask16 pad_low_, pad_high_;  // of the last two tiles of a row
   BFloat16* packed_;
   float* sums_;
 };
@@ -180,15 +215,15 @@ class DiffusedGroup {
 inline void forward_group(const DiffusedGroup& group, const DiffusedTiles& tiles, const TokenRows& out, int64_t first,
                           int64_t count, float* scores, BFloat16* weights) {
   const DiffusePrompts& p = group.p_;
-  const TokenRows x{p.x, p.tokens}, base{p.base, p.tokens};
+  const TokenRows x(p.x, p), base(p.base, p);
   group.multiply_rows(x, first, count, tiles.keys_by_dim(), scores);
   alignas(64) float factors[kGroup];
   for (int64_t r = 0; r < count; ++r) {
     float* row = scores + r / 16 * 2 * group.kp_ * kTileFloats + r % 16 * 16;
     factors[r] = group.activate(row);
-    for (int64_t j = 0; j < p.prompts; j += 32) {
-      const auto a = group.load(row, j);
-      _mm512_store_si512(weights + r * group.kp_ * 32 + j, to_bfloat16(a.low, a.high));
+    BFloat16* to = weights + r * group.kp_ * 32;
+    for (int64_t j = 0; j < group.kp_; ++j, row += 2 * kTileFloats) {
+      _mm512_store_si512(to + j * 32, to_bfloat16(_mm512_load_ps(row), _mm512_load_ps(row + kTileFloats)));
     }
   }
   const __m512 scale = _mm512_set1_ps(p.factor);
@@ -197,14 +232,14 @@ inline void forward_group(const DiffusedGroup& group, const DiffusedTiles& tiles
     const BFloat16* from = halves(base.at(first + r)) + column;
     BFloat16* to = halves(out.at(first + r)) + column;
     const __m512 factor = _mm512_set1_ps(factors[r]);
-    for (int64_t d = 0; d < width; d += 32, sums += 2 * kTileFloats) {
-      const __mmask32 kept = first_halves(width - d);
-      const __m512i b = _mm512_maskz_loadu_epi16(kept, from + d);
-      const __m512 low = _mm512_fmadd_ps(_mm512_load_ps(sums), factor, _mm512_mul_ps(widen_low(b), scale));
+    each_32(width, [&](int64_t d, auto kept) {
+      const __m512i b = load_32(from + d, kept);
+      const float* at = sums + d * 16;
+      const __m512 low = _mm512_fmadd_ps(_mm512_load_ps(at), factor, _mm512_mul_ps(widen_low(b), scale));
       const __m512 high =
-          _mm512_fmadd_ps(_mm512_load_ps(sums + kTileFloats), factor, _mm512_mul_ps(widen_high(b), scale));
-      _mm512_mask_storeu_epi16(to + d, kept, to_bfloat16(low, high));
-    }
+          _mm512_fmadd_ps(_mm512_load_ps(at + kTileFloats), factor, _mm512_mul_ps(widen_high(b), scale));
+      store_32(to + d, kept, to_bfloat16(low, high));
+    });
   });
 }
 
@@ -229,7 +264,7 @@ void diffuse_prompts_forward(const DiffusePrompts& p, const Rows& out, const Thr
     const TileScope scope;
     const int64_t to = first_of_part(p.rows(), task + 1, tasks);
     for (int64_t first = first_of_part(p.rows(), task, tasks); first < to; first += kGroup) {
-      forward_group(memory.group, tiles, {out, p.tokens}, first, std::min(to - first, kGroup), memory.scores,
+      forward_group(memory.group, tiles, {out, p}, first, std::min(to - first, kGroup), memory.scores,
                     memory.weights);
     }
   });

@@ -19,8 +19,8 @@ struct DiffusedWant {
 class DiffusedBackward {
  public:
   DiffusedBackward(const DiffusePrompts& p, const DiffusePromptsGrads& g, Cutter cutter)
-      : p_(p), g_(g), want_(g), group_(p, cutter), row_(group_.kp_ * 32), x_{p.x, p.tokens}, base_{p.base, p.tokens},
-        grad_{g.grad_out, p.tokens}, dx_{g.x, p.tokens}, dbase_{g.base, p.tokens} {
+      : p_(p), g_(g), want_(g), group_(p, cutter), row_(group_.kp_ * 32), x_(p.x, p), base_(p.base, p),
+        grad_(g.grad_out, p), dx_(g.x, p), dbase_(g.base, p) {
     const int64_t scores = 4 * group_.kp_ * kTileFloats;
     scores_ = cutter.cut<float>(scores);
     reached_ = cutter.cut<float>(scores);
@@ -56,13 +56,8 @@ class DiffusedBackward {
     if (want_.scores) group_.multiply_rows(x_, first, count, tiles.keys_by_dim(), scores_);
     if (want_.slopes) group_.multiply_rows(grad_, first, count, tiles.values_by_dim(), reached_);
     BFloat16 *active = active_ + slot * row_, *slope = slope_ + slot * row_;
-    if (want_.scores) {
-      for (int64_t r = 0; r < count; ++r) {
-        float* scores = row_of(scores_, r);
-        const float factor = group_.activate(scores);
-        if (want_.values) store_active(scores, factor, active + r * row_);
-        if (want_.slopes) store_slopes(scores, row_of(reached_, r), factor, slope + r * row_);
-      }
+    for (int64_t r = 0; want_.scores && r < count; ++r) {
+      weigh_row(row_of(scores_, r), row_of(reached_, r), active + r * row_, slope + r * row_);
     }
     if (g_.base || g_.log_scale) {
       for (int64_t r = 0; r < count; ++r) pass_base(first + r);
@@ -71,76 +66,79 @@ class DiffusedBackward {
     const auto keys = [&](int64_t column) { return tiles.keys(column); };
     group_.read_prompts(slope, count, keys, [&](int64_t r, int64_t column, int64_t width, const float* sums) {
       BFloat16* to = halves(dx_.at(first + r)) + column;
-      for (int64_t d = 0; d < width; d += 32, sums += 2 * kTileFloats) {
-        const __m512i x = to_bfloat16(_mm512_load_ps(sums), _mm512_load_ps(sums + kTileFloats));
-        _mm512_mask_storeu_epi16(to + d, first_halves(width - d), x);
-      }
+      each_32(width, [&](int64_t d, auto kept) {
+        const float* at = sums + d * 16;
+        store_32(to + d, kept, to_bfloat16(_mm512_load_ps(at), _mm512_load_ps(at + kTileFloats)));
+      });
     });
   }
 
-  void store_active(const float* scores, float by, BFloat16* to) const {
-    const __m512 factor = _mm512_set1_ps(by);
-    for (int64_t j = 0; j < p_.prompts; j += 32) {
-      const auto a = group_.load(scores, j);
-      // Zeros stay zeros past the last prompt, whatever the factor.
-      const __mmask32 kept = first_halves(p_.prompts - j);
-      const __m512i x = to_bfloat16(_mm512_mul_ps(a.low, factor), _mm512_mul_ps(a.high, factor));
-      _mm512_store_si512(to + j, _mm512_maskz_mov_epi16(kept, x));
+  // Activations and slopes of a row in bfloat16, from its scores and what reached its activations.
+  void weigh_row(float* scores, float* reached, BFloat16* active, BFloat16* slope) {
+    const float by = group_.activate(scores);
+    if (want_.values) {
+      const __m512 factor = _mm512_set1_ps(by);
+      for (int64_t j = 0; j < group_.kp_; ++j) {
+        const float* at = scores + j * 2 * kTileFloats;
+        const __m512 low = _mm512_mul_ps(_mm512_load_ps(at), factor);
+        _mm512_store_si512(active + j * 32, to_bfloat16(low, _mm512_mul_ps(_mm512_load_ps(at + kTileFloats), factor)));
+      }
     }
-  }
-
-  // Gradients of the scores of a row from what reached its activations; adds to the gradient of log_scale.
-  void store_slopes(const float* scores, const float* reached, float by, BFloat16* to) {
-    const __m512 factor = _mm512_set1_ps(by), zero = _mm512_setzero_ps();
+    if (!want_.slopes) return;
+    group_.clear_pads(reached, 0);
     float read = 0;
     if (p_.softmax || g_.log_scale) {
-      __m512 sum = zero;
-      for (int64_t j = 0; j < p_.prompts; j += 32) {
-        const auto a = group_.load(scores, j), d = group_.load(reached, j);
-        sum = _mm512_fmadd_ps(a.high, d.high, _mm512_fmadd_ps(a.low, d.low, sum));
+      __m512 sum = _mm512_setzero_ps(), other = sum;
+      for (int64_t j = 0; j < 2 * kTileFloats * group_.kp_; j += 2 * kTileFloats) {
+        sum = _mm512_fmadd_ps(_mm512_load_ps(scores + j), _mm512_load_ps(reached + j), sum);
+        const __m512 d = _mm512_load_ps(reached + j + kTileFloats);
+        other = _mm512_fmadd_ps(_mm512_load_ps(scores + j + kTileFloats), d, other);
       }
-      read = _mm512_reduce_add_ps(sum);
+      read = _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
       total_ += double(by) * double(read);
     }
     if (!want_.slope_rows) return;
-    const __m512 mean = _mm512_set1_ps(read);
-    for (int64_t j = 0; j < p_.prompts; j += 32) {
-      const auto a = group_.load(scores, j), d = group_.load(reached, j);
-      __m512 low = _mm512_mul_ps(d.low, factor), high = _mm512_mul_ps(d.high, factor);
-      if (p_.softmax) {
-        low = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(d.low, mean), factor), a.low);
-        high = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(d.high, mean), factor), a.high);
-      }
-      // Where ReLU let nothing through; not where a score is NaN. Past the last prompt there are zeros.
-      const __mmask16 first = p_.softmax ? Vec::first(p_.prompts - j) : _mm512_cmp_ps_mask(a.low, zero, _CMP_NLE_UQ);
-      const __mmask16 second =
-          p_.softmax ? Vec::first(p_.prompts - j - 16) : _mm512_cmp_ps_mask(a.high, zero, _CMP_NLE_UQ);
-      _mm512_store_si512(to + j, to_bfloat16(_mm512_maskz_mov_ps(first, low), _mm512_maskz_mov_ps(second, high)));
+    p_.softmax ? store_slopes<true>(scores, reached, by, read, slope)
+               : store_slopes<false>(scores, reached, by, read, slope);
+  }
+
+  // Gradients of the scores of a row.
+  template <bool kSoftmax>
+  void store_slopes(const float* scores, const float* reached, float by, float read, BFloat16* to) const {
+    const __m512 factor = _mm512_set1_ps(by), mean = _mm512_set1_ps(read), zero = _mm512_setzero_ps();
+    const auto slope = [&](int64_t j) {
+      const __m512 a = _mm512_load_ps(scores + j), d = _mm512_load_ps(reached + j);
+      if constexpr (kSoftmax) return _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(d, mean), factor), a);
+      // Nothing where ReLU let nothing through; not where a score is NaN.
+      return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a, zero, _CMP_NLE_UQ), d, factor);
+    };
+    for (int64_t j = 0; j < group_.kp_; ++j) {
+      const int64_t at = j * 2 * kTileFloats;
+      _mm512_store_si512(to + j * 32, to_bfloat16(slope(at), slope(at + kTileFloats)));
     }
   }
 
   // The gradient of base of one row, and what base adds to that of log_scale.
   void pass_base(int64_t r) {
     const BFloat16* from = halves(grad_.at(r));
-    const BFloat16* base = g_.log_scale ? halves(base_.at(r)) : nullptr;
-    BFloat16* to = g_.base ? halves(dbase_.at(r)) : nullptr;
-    const __m512 factor = _mm512_set1_ps(p_.factor);
-    __m512 sum = _mm512_setzero_ps(), other = sum;
-    for (int64_t d = 0; d < p_.width; d += 32) {
-      const __mmask32 kept = first_halves(p_.width - d);
-      const __m512i x = _mm512_maskz_loadu_epi16(kept, from + d);
-      const __m512 low = widen_low(x), high = widen_high(x);
-      if (base) {
-        const __m512i b = _mm512_maskz_loadu_epi16(kept, base + d);
-        sum = _mm512_fmadd_ps(low, widen_low(b), sum);
-        other = _mm512_fmadd_ps(high, widen_high(b), other);
-      }
-      if (to) {
-        const __m512i scaled = to_bfloat16(_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor));
-        _mm512_mask_storeu_epi16(to + d, kept, scaled);
-      }
+    if (g_.base) {
+      BFloat16* to = halves(dbase_.at(r));
+      const __m512 factor = _mm512_set1_ps(p_.factor);
+      each_32(p_.width, [&](int64_t d, auto kept) {
+        const __m512i x = load_32(from + d, kept);
+        const __m512 low = _mm512_mul_ps(widen_low(x), factor), high = _mm512_mul_ps(widen_high(x), factor);
+        store_32(to + d, kept, to_bfloat16(low, high));
+      });
     }
-    if (base) total_ += double(p_.factor) * double(_mm512_reduce_add_ps(_mm512_add_ps(sum, other)));
+    if (g_.log_scale) {
+      const BFloat16* base = halves(base_.at(r));
+      __m512 sum = _mm512_setzero_ps();
+      each_32(p_.width, [&](int64_t d, auto kept) {
+        sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(load_32(from + d, kept)),
+                               reinterpret_cast<__m512bh>(load_32(base + d, kept)));
+      });
+      total_ += double(p_.factor) * double(_mm512_reduce_add_ps(sum));
+    }
   }
 
   // sums [prompts, width] (+)= weights^T rows over `count` tokens.
@@ -148,11 +146,30 @@ class DiffusedBackward {
                        bool add) {
     pack_row_pairs<true>([&](int64_t r) { return weights + r * row_; }, count, p_.prompts, columns_);
     const int64_t prompts = tiles_of_16(p_.prompts), depth = tiles_of_32(count);
-    for (int64_t column = 0; column < group_.nd_; column += 2) {
-      const int64_t width = std::min<int64_t>(p_.width - column * 16, 32), columns = tiles_of_16(width);
-      pack_row_pairs<false>([&](int64_t r) { return halves(rows.at(from + r)) + column * 16; }, count, width, panel_);
-      multiply({columns_, 1, prompts}, {panel_, 1, columns}, prompts, columns, depth,
-               {sums + column * kTileFloats, group_.nd_, 1}, add);
+    for (int64_t column = 0; column < 2 * group_.kd_; column += 2) {
+      const int64_t width = std::min<int64_t>(p_.width - column * 16, 32);
+      pack_panel(rows, from, count, column * 16, width);
+      multiply({columns_, 1, prompts}, {panel_, 1, 2}, prompts, 2, depth,
+               {sums + column * kTileFloats, 2 * group_.kd_, 1}, add);
+    }
+  }
+
+  // Pairs of rows of a panel of 32 columns as two tiles, of its even and of its odd columns: no word changes its place.
+  void pack_panel(const TokenRows& rows, int64_t from, int64_t count, int64_t column, int64_t width) const {
+    const __mmask32 kept = first_halves(width);
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const auto row = [&](int64_t r) {
+      return r < count ? _mm512_maskz_loadu_epi16(kept, rows.at(from + r) + column * 2) : _mm512_setzero_si512();
+    };
+    BFloat16* to = panel_;
+    for (int64_t first = 0; first < count; first += 32, to += 2 * kTileHalves) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const __m512i a = row(first + 2 * i), b = row(first + 2 * i + 1);
+        const __m512i even = _mm512_or_si512(_mm512_andnot_si512(high, a), _mm512_slli_epi32(b, 16));
+        const __m512i odd = _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(high, b));
+        _mm512_store_si512(to + i * 32, even);
+        _mm512_store_si512(to + kTileHalves + i * 32, odd);
+      }
     }
   }
 
@@ -168,16 +185,24 @@ class DiffusedBackward {
   BFloat16 *active_, *slope_, *columns_, *panel_;
 };
 
-// The gradient of prompts' values or keys: tiles of `ranges` sums, `stride` floats apart, added in order.
+// The gradient of prompts' values or keys: tiles of `ranges` sums, `stride` floats apart, added in order. Of two tiles
+// one has even columns, one odd ones.
 inline void write_prompt_gradient(const DiffusePrompts& p, const float* sums, int64_t stride, int64_t ranges,
                                   const Rows& to, int64_t first, int64_t end) {
-  const int64_t nd = tiles_of_16(p.width);
+  const int64_t columns = 2 * tiles_of_32(p.width);
+  const __m512i half = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   for (int64_t j = first; j < end; ++j) {
-    for (int64_t d = 0; d < p.width; d += 16) {
-      const float* from = sums + (j / 16 * nd + d / 16) * kTileFloats + j % 16 * 16;
-      Vec sum(0.0f);
-      for (int64_t i = 0; i < ranges; ++i) sum = sum + Vec::load(from + i * stride);
-      store_first(sum, to.at(0, 0, j), to.dtype, d, std::min(kWidth, p.width - d));
+    for (int64_t d = 0; d < p.width; d += 32) {
+      const float* from = sums + (j / 16 * columns + d / 16) * kTileFloats + j % 16 * 16;
+      Vec even(0.0f), odd(0.0f);
+      for (int64_t i = 0; i < ranges; ++i) {
+        even = even + Vec::load(from + i * stride);
+        odd = odd + Vec::load(from + i * stride + kTileFloats);
+      }
+      const Vec low(_mm512_permutex2var_ps(even.v, half, odd.v));
+      const Vec high(_mm512_permutex2var_ps(even.v, _mm512_add_epi32(half, _mm512_set1_epi32(8)), odd.v));
+      store_first(low, to.at(0, 0, j), to.dtype, d, std::min(kWidth, p.width - d));
+      store_first(high, to.at(0, 0, j), to.dtype, d + kWidth, std::clamp<int64_t>(p.width - d - kWidth, 0, kWidth));
     }
   }
 }
@@ -186,7 +211,7 @@ void diffuse_prompts_backward(const DiffusePrompts& p, const DiffusePromptsGrads
   const DiffusedWant want(g);
   DiffusedTiles tiles(p, want.slopes, false, bool(g.x));
   const int64_t ranges = p.rows() ? token_ranges(p) : 0;
-  const int64_t size = tiles_of_16(p.prompts) * tiles_of_16(p.width) * kTileFloats;
+  const int64_t size = tiles_of_16(p.prompts) * 2 * tiles_of_32(p.width) * kTileFloats;
   const int64_t planes = int64_t(want.values) + int64_t(want.keys);
   const CallMemory memory(std::max((planes * size * 4 + 8) * ranges, kAlignment));
   Cutter cutter(memory.data());

@@ -86,7 +86,7 @@ class DiffusedBlock {
     return {copy, matrices_.columns};
   }
   bool in_place(const TokenRows& rows, bool whole) const {
-    return p_.x.dtype == DType::float32 && rows.even(p_.samples) && (!whole || p_.width % kWidth == 0);
+    return p_.x.dtype == DType::float32 && rows.even && (!whole || p_.width % kWidth == 0);
   }
 
   // scores [count, wide] = the rows' product with keys or values by dim.
@@ -162,8 +162,8 @@ class DiffusedBlock {
 class DiffusedForward {
  public:
   DiffusedForward(const DiffusePrompts& p, const DiffusedMatrices& matrices, const Rows& out, Cutter cutter)
-      : p_(p), matrices_(matrices), block_(p, matrices, cutter), x_{p.x, p.tokens}, base_{p.base, p.tokens},
-        out_{out, p.tokens} {
+      : p_(p), matrices_(matrices), block_(p, matrices, cutter), x_(p.x, p), base_(p.base, p),
+        out_(out, p) {
     scores_ = cutter.cut<float>(kTokens * matrices.wide);
     copy_ = cutter.cut<float>(block_.in_place(x_, false) ? 0 : kTokens * matrices.columns);
     bytes_ = cutter.used();

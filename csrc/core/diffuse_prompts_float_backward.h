@@ -10,8 +10,8 @@ class DiffusedBackward {
  public:
   DiffusedBackward(const DiffusePrompts& p, const DiffusePromptsGrads& g, const DiffusedMatrices& matrices,
                    Cutter cutter)
-      : p_(p), g_(g), matrices_(matrices), block_(p, matrices, cutter), x_{p.x, p.tokens}, base_{p.base, p.tokens},
-        grad_{g.grad_out, p.tokens}, dx_{g.x, p.tokens}, dbase_{g.base, p.tokens} {
+      : p_(p), g_(g), matrices_(matrices), block_(p, matrices, cutter), x_(p.x, p), base_(p.base, p),
+        grad_(g.grad_out, p), dx_(g.x, p), dbase_(g.base, p) {
     scores_ = cutter.cut<float>(kTokens * matrices.wide);
     reached_ = cutter.cut<float>(kTokens * matrices.wide);
     x_copy_ = cutter.cut<float>(block_.in_place(x_, bool(g.keys)) ? 0 : kTokens * matrices.columns);

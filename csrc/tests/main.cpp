@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   if (best_isa() >= Isa::avx512) tests::vec_avx512();
   tests::parallel();
   tests::compress_kv(small);
+  tests::diffuse_prompts(small);
   std::printf(tests::failures ? "%d checks failed\n" : "all checks passed\n", tests::failures);
   return tests::failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -9,5 +9,6 @@ void vec_avx2();
 void vec_avx512();
 void parallel();
 void compress_kv(bool small);
+void diffuse_prompts(bool small);
 
 }  // namespace fastprompt::tests
