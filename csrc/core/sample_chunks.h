@@ -13,7 +13,7 @@
 
 namespace fastprompt {
 
-// Samples order[first .. first + count), which read one prompt. `partial`: where its sum is kept; -1: there is no other.
+// Samples order[first .. first + count) read one prompt. `partial`: where their sum is kept; -1: it is the only one.
 struct SampleChunk {
   int64_t prompt, first, count, partial;
 };
