@@ -134,7 +134,9 @@ class AttentionBackward {
           const int64_t key = key_of_column(n, c, left);
           rows[c] = key < left ? to.at(first + x + key) : nullptr;
         }
-        for (int64_t d = 0; d < nd; d += 2) write_tiles(sums + d * kTileFloats, d + 1 < nd, scale, rows, d * 16, dim, to);
+        for (int64_t d = 0; d < nd; d += 2) {
+          write_tiles(sums + d * kTileFloats, d + 1 < nd, scale, rows, d * 16, dim, to);
+        }
       }
     }
   }

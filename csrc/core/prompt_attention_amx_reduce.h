@@ -43,7 +43,8 @@ class BackwardTasks {
     for_each(threads, p_.bank * p_.heads_kv, sums, [&](int64_t i) { write_prompt(i / p_.heads_kv, i % p_.heads_kv); });
     if (want_.query && ranges_ > 1) {
       const double all = double(ranges_ * p_.heads_kv * first_lane_.back() * nd_ * 16);
-      for_each(threads, p_.samples * p_.heads_kv, all, [&](int64_t i) { write_query(i / p_.heads_kv, i % p_.heads_kv); });
+      for_each(threads, p_.samples * p_.heads_kv, all,
+               [&](int64_t i) { write_query(i / p_.heads_kv, i % p_.heads_kv); });
     }
   }
 
@@ -78,8 +79,10 @@ class BackwardTasks {
         // The next sample of this run, or the first of the task that this thread is likely to take.
         const int64_t next = i + 1 < run.end ? task : task + stride;
         const bool known = next < runs() * p_.heads_kv;
-        const int64_t place = next == task ? i + 1 : known ? found_.runs[static_cast<size_t>(next / p_.heads_kv)].begin : 0;
-        kernel.look_ahead(s, head_kv, known ? found_.order[static_cast<size_t>(place)] : -1, next % p_.heads_kv);
+        const auto later = static_cast<size_t>(next / p_.heads_kv);
+        const int64_t place = next == task ? i + 1 : known ? found_.runs[later].begin : 0;
+        kernel.look_ahead(s, head_kv, known ? found_.order[static_cast<size_t>(place)] : -1,
+                          next == task ? head_kv : next % p_.heads_kv);
       }
       kernel.sample(s, head_kv, range, ranges, partial ? query_sums(s, head_kv, range) : nullptr);
     }
