@@ -314,7 +314,8 @@ inline void Decode::attend(int64_t s, int64_t h, int64_t range, float* partials)
     for (int64_t r = 0; r < rows_; r += kRows) {
       with_rows(rows_ - r, [&](auto m) {
         const Stream<T> near{keys.key + j * keys.key_row, keys.key_row, n, r == 0 ? keys.count - j : 0};
-        score_keys<m>(room.queries + r * width_, width_, near, p_.dim, room.scores + r * kDecodeRange + j, kDecodeRange);
+        float* scores = room.scores + r * kDecodeRange + j;
+        score_keys<m>(room.queries + r * width_, width_, near, p_.dim, scores, kDecodeRange);
       });
     }
   }
