@@ -12,10 +12,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <new>
 #include <utility>
-#include <vector>
 
 #if FASTPROMPT_LEVEL >= 1
 // GCC before 13 warns of its own intrinsics (bug 105593).
@@ -33,7 +31,6 @@
 #include "parallel.h"
 #include "prompt_attention.h"
 #include "sample_chunks.h"
-#include "sample_runs.h"
 #include "scratch.h"
 #include "types.h"
 

@@ -265,8 +265,8 @@ class AttentionForward {
 
 inline void forward(const PromptAttention& p, const Rows& out, const Rows& lse, const Threads& threads) {
   if (p.samples == 0 || p.heads == 0 || p.tq == 0) return;
-  const SampleRuns found(p, 64);
-  const int64_t lanes = p.tq * p.groups(), runs = static_cast<int64_t>(found.runs.size());
+  const SampleChunks found(p, std::max<int64_t>((p.samples + 63) / 64, 1));
+  const int64_t lanes = p.tq * p.groups(), runs = found.size();
   // Every piece of a head packs its keys again: few pieces, unless threads would have nothing to do.
   const int64_t pieces = std::clamp<int64_t>(4 * threads.count / (runs * p.heads_kv), 1, (lanes + 255) / 256);
   const double work = 4.0 * double(p.samples) * double(p.heads) * double(p.tq) * double(p.tk + p.prompts) *
@@ -275,20 +275,20 @@ inline void forward(const PromptAttention& p, const Rows& out, const Rows& lse, 
   const int64_t tasks = runs * p.heads_kv * pieces;
   for_each(threads, tasks, work, [&](int64_t task) {
     const int64_t piece = task % pieces, head_kv = task / pieces % p.heads_kv;
-    const SampleRun& run = found.runs[static_cast<size_t>(task / pieces / p.heads_kv)];
+    const SampleChunk& run = found.chunks[static_cast<size_t>(task / pieces / p.heads_kv)];
     AttentionForward kernel(p, out, lse, Cutter(Scratch::take(bytes)));
     const TileScope tiles;
     kernel.read_prompt(run.prompt, head_kv);
-    for (int64_t i = run.begin; i < run.end; ++i) {
+    for (int64_t i = run.first, end = run.first + run.count; i < end; ++i) {
       const int64_t s = found.order[static_cast<size_t>(i)], rows = p.queries_of(s) * p.groups();
       const int64_t blocks = (rows + 31) / 32;
       const int64_t from = 32 * (blocks * piece / pieces), to = std::min(32 * (blocks * (piece + 1) / pieces), rows);
       if (from >= to) continue;
       if (pieces == 1) {
         // The next sample of this run, or the first of the task that this thread is likely to take.
-        const int64_t later = i + 1 < run.end ? task : task + threads.count;
+        const int64_t later = i + 1 < end ? task : task + threads.count;
         if (later < tasks) {
-          const int64_t place = later == task ? i + 1 : found.runs[static_cast<size_t>(later / p.heads_kv)].begin;
+          const int64_t place = later == task ? i + 1 : found.chunks[static_cast<size_t>(later / p.heads_kv)].first;
           kernel.look_ahead(found.order[static_cast<size_t>(place)], later % p.heads_kv, blocks);
         }
       }

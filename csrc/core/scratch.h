@@ -4,8 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 namespace fastprompt {
 
@@ -17,22 +15,11 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 class Scratch {
  public:
   // At least `bytes` aligned bytes, uninitialised, until the next call in this thread.
-  static std::byte* take(int64_t bytes) {
-    static thread_local Scratch mine;
-    if (bytes > mine.size_) {
-      std::free(mine.data_);
-      mine.data_ = nullptr, mine.size_ = 0;
-      const int64_t size = round_up(bytes, 4096);
-      mine.data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, size));
-      if (!mine.data_) throw std::bad_alloc();
-      mine.size_ = size;
-    }
-    return mine.data_;
-  }
+  static std::byte* take(int64_t bytes);
 
  private:
   Scratch() = default;
-  ~Scratch() { std::free(data_); }
+  ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -43,12 +30,8 @@ class Scratch {
 // Memory of one call, shared by its tasks; uninitialised.
 class CallMemory {
  public:
-  explicit CallMemory(int64_t bytes) {
-    if (bytes == 0) return;
-    data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(round_up(bytes, kAlignment))));
-    if (!data_) throw std::bad_alloc();
-  }
-  ~CallMemory() { std::free(data_); }
+  explicit CallMemory(int64_t bytes);
+  ~CallMemory();
   CallMemory(const CallMemory&) = delete;
   CallMemory& operator=(const CallMemory&) = delete;
 
