@@ -13,9 +13,7 @@ pytestmark = needs_cpp
 
 
 @given(case=cases())
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_options(isa, case):  # noqa: F811
     inputs, kwargs = case
     check(inputs, "cpp", **kwargs)

@@ -16,7 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from fastprompt.cache import Blocks
 from fastprompt.errors import UnsupportedModelError
 from fastprompt.ops import merge_states, prompt_attention
-from fastprompt.ops.dispatch import choose
+from fastprompt.ops.dispatch import backend, choose
 
 #: The registered name; without "sdpa", "flash" or "/", which transformers gives a meaning.
 NAME = "fastprompt"
@@ -39,6 +39,10 @@ class CacheLayer(Protocol):
     @property
     def blocks(self) -> Blocks | None:
         """Keys that the layer holds apart from those that it returned; every query sees those of its head."""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it holds fewer keys than it has seen; before that, generation is that of the plain model, to the bit."""
 
     @property
     def wanted(self) -> int | None:
@@ -115,7 +119,11 @@ def attention(
     split = getattr(child, "split", None)
     wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)
     plain = prompt is None and split is None and wanted is not None and blocks is None
-    if plain and not (layer is not None and _decodes(query)):
+    if plain and layer is not None and layer.compressed and _decodes(query, key):
+        out, lse = _decode(query, key, value, attention_mask, scaling)
+        layer.attended(query, lse, scaling)
+        return out.transpose(1, 2), None
+    if plain:
         found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -145,9 +153,22 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _decodes(query: Tensor) -> bool:
-    """Whether this is a step of generation that our kernels were made for: they read grouped keys once."""
-    return query.shape[2] == 1 and query.device.type == "cpu" and choose("prompt_attention", (query,)).impl == "cpp"
+def _decodes(query: Tensor, key: Tensor) -> bool:
+    """Whether this is a step of generation that the C++ kernels were made for: they read grouped keys once."""
+    if query.shape[2] != 1 or query.device.type != "cpu" or query.dtype != key.dtype:
+        return False
+    if (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)) or torch.compiler.is_compiling():
+        return False
+    return choose("prompt_attention", (query,)).impl == "cpp"
+
+
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """What `prompt_attention` runs, without its checks, which would cost more than a short cache does."""
+    none = key.new_empty(1, key.shape[1], 0, key.shape[3])
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return backend("prompt_attention", "cpp").forward(query, key, value, none, none, None, mask, False, scale)
 
 
 def _attend(

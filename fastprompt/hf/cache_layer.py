@@ -192,6 +192,11 @@ class CompressedLayer(DynamicLayer):
     # What attention calls
 
     @property
+    def compressed(self) -> bool:
+        """Whether it holds fewer keys than it has seen."""
+        return self.physical < self.seen
+
+    @property
     def wanted(self) -> int | None:
         """How many of the last queries the policy still reads; None for all."""
         if self.settled:
