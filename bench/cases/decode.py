@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import fastprompt
-from bench.case import Case, Provider, Step, Work
+from bench.case import Case, Provider, Step, Work, composed
 from bench.cases.prefill_compress import POLICIES, decoder
 
 STEPS = 16
@@ -50,5 +50,6 @@ def build(
         for name in ("h2o", "lookm"):
             build_step = lambda n=name, k=keep: step(POLICIES[n](k))  # noqa: E731
             providers[f"{name} {keep:.0%}"] = Provider(build_step, work=work(int(keep * tokens)))
+    providers |= composed(device, providers, "h2o 20%")
     params = {"tokens": tokens, "steps": STEPS, "layers": layers, "width": width, "vocab": vocab, "dtype": dtype}
     return Case("decode", providers, "plain", list, 0.0, params)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, tolerance
+from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, composed, tolerance
 from fastprompt.ops import decoupled_attention
 from fastprompt.ops.dispatch import IMPLS
 
@@ -81,6 +81,7 @@ def build(
         exact = [x.detach().double().requires_grad_(train) for x in inputs]
         return step(two_calls(sdpa), exact, grad.double())()
 
+    providers |= composed(device, providers)
     params = {"shape": shape, "batch": batch, "tokens": tokens, "text": text, "heads": heads, "dim": dim,
               "image": image, "dtype": dtype, "mode": mode}  # fmt: skip
     return Case("decoupled_attention", providers, "sdpa", reference, tolerance(kind), params, device_time=True)

@@ -3,7 +3,8 @@
 
 Providers: `eager` (the whole attention matrix, its softmax in float32 as transformers' eager attention has it, summed
 over rows), `chunked` (the same for 256 rows at a time, plain PyTorch), and fastprompt, which is given the log-sum-exp
-that a forward pass leaves. `flash` is that forward pass itself, for scale: it computes something else.
+that a forward pass leaves. For scale, that forward pass itself, which computes something else: `flash` is PyTorch's,
+`forward` the same kernels'.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ def build(
             total[..., :last] += (weights if exact else weights.to(kind)).sum(2, dtype=wide)
         return [total.unflatten(1, (heads_kv, -1)).mean(2)]
 
+    @torch.no_grad()
+    def forward() -> list[Tensor]:
+        return [prompt_attention(query, key, value, none, none, is_causal=True)]
+
     def flash() -> list[Tensor]:
         return [sdpa(query, key, value, is_causal=True, enable_gqa=True)]
 
@@ -77,6 +82,7 @@ def build(
         why_not = too_large(batch * heads * tokens**2 * 16, device) if impl == "reference" else None
         providers["fastprompt" if impl == "auto" else f"fastprompt/{impl}"] = provider(fastprompt(impl), why_not)
     providers["flash"] = Provider(lambda: flash)
+    providers["forward"] = Provider(lambda: forward)
     providers |= composed(device, providers)
     params = {"tokens": tokens, "batch": batch, "heads": heads, "heads_kv": heads_kv, "dim": dim, "dtype": dtype}
     bound = max(torch.finfo(kind).eps, 1e-4)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 import fastprompt
-from bench.case import Case, Provider, Step
+from bench.case import Case, Provider, Step, composed
 from bench.measure import too_large
 
 POLICIES: dict[str, Callable[[float], Any]] = {
@@ -113,6 +113,7 @@ def build(
     }
     for name in POLICIES:
         providers[name] = Provider(lambda n=name: compressed(n), lambda n=name: compressed(n)(), tokens=tokens)
+    providers |= composed(device, providers, "lookm")
     params = {"tokens": tokens, "keep": keep, "layers": layers, "width": width, "vocab": vocab, "dtype": dtype}
     # Thirty layers of roundings to the dtype.
     bound = 8 * layers**0.5 * torch.finfo(kind).eps

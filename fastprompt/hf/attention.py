@@ -42,7 +42,7 @@ class CacheLayer(Protocol):
 
     @property
     def compressed(self) -> bool:
-        """Whether it holds fewer keys than it has seen; before that, generation is that of the plain model, to the bit."""
+        """Whether it holds fewer keys than it has seen; until then generation is the plain model's, bit for bit."""
 
     @property
     def wanted(self) -> int | None:
