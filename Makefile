@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu-test lint results bench clean
+.PHONY: demo test gpu-test asan lint results bench clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -39,6 +39,22 @@ test: $(VENV)/.dev
 gpu-test:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 	$(PYTHON) -m pytest -m "not gpu" tests/test_warmup.py tests/test_*_triton.py $(PYTEST_ARGS)
+
+# The C++ kernels under AddressSanitizer and UBSan: the core's unit tests, then the extension itself in a copy of the
+# package, on the tests of the kernels. (`make test` runs the unit tests so, too.)
+SANITIZED := build/sanitized
+SANITIZE  := -fsanitize=address,undefined -fno-sanitize-recover=all
+CXX_TESTS := $(wildcard tests/test_*_cpp.py) tests/test_cpp_threads.py
+
+asan: $(VENV)/.dev
+	$(MAKE) -C csrc asan
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r csrc kernels fastprompt tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/fastprompt/_C.* && ln -sfn ../kernels/triton $(SANITIZED)/fastprompt/kernels
+	cd $(SANITIZED) && CFLAGS="-O1 $(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && test -f fastprompt/_C.abi3.so && \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q --timeout=1200 $(CXX_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.roofline import share
 from bench.rows import RESULTS, Row, by_params, read, varying
 from bench.run import names
+from bench.tables import ceilings as found_ceilings
 from bench.tables import ceilings_text, detail, pivot
 from fastprompt.cli_compress import read as read_runs
 from fastprompt.cli_compress import table as compressed_table
@@ -24,6 +26,27 @@ from fastprompt.demo import table
 from fastprompt.tuning.continual import ContinualResult
 
 ROOT = Path(__file__).parent.parent
+
+#: What a machine without a compiler runs.
+COMPOSED = "fastprompt without its C++ kernels"
+
+#: What the table of C++ kernels shows: a case, parameters, and how to name them.
+CPP_ROWS = (
+    (
+        "prompt_attention",
+        {"prompts": 100, "mode": "forward+backward"},
+        "16 x 12 heads, 197 tokens, 100 prompts; training",
+    ),
+    ("prompt_attention", {"prompts": 100, "mode": "forward"}, "the same, forward"),
+    ("prompt_attention_varlen", {"mode": "forward+backward"}, "{classes:,} texts, {prompts} shared keys, training"),
+    ("decoupled_attention", {"shape": "sd15", "mode": "forward+backward"}, "4,096 queries, 77 and 4 keys, training"),
+    ("decoupled_attention", {"shape": "sd15", "mode": "forward"}, "the same, forward"),
+    ("diffuse_prompts", {"prompts": 100, "mode": "forward+backward"}, "16 x 197 tokens of 768, 100 prompts, training"),
+    ("key_scores", {"tokens": 4096}, "{tokens:,} tokens, {heads} heads on {heads_kv}, causal"),
+    ("decode_attention", {"tokens": 8192}, "one token over {tokens:,}, {heads} heads on {heads_kv}"),
+)
+#: Providers that compute something else, or are given more.
+OTHERS = ("floor", "same_keys", "flash", "forward")
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -49,6 +72,7 @@ def vpt_step_block() -> str:
         "published": "published: tokens inserted",
         "kv_concat": "keys and values computed once, concatenated (SDPA)",
         "fastprompt": "**fastprompt**",
+        "fastprompt/composed": COMPOSED,
         "floor": "floor: no prompts",
     }
     p, lines = step_table("vpt_step", names)
@@ -60,6 +84,7 @@ def apt_step_block() -> str:
     names = {
         "eager": "APT as released, eager",
         "fastprompt": "**APT, fastprompt**",
+        "fastprompt/composed": COMPOSED,
         "vpt/published": "as many deep visual prompts, as published",
         "vpt/fastprompt": "deep visual prompts, fastprompt",
         "floor": "floor: no prompts",
@@ -123,12 +148,37 @@ def count_block() -> str:
     return "```\n" + counted(json.loads((RESULTS / "count-vilt.json").read_text())) + "\n```"
 
 
+def cpp_block() -> str:
+    """The C++ kernels against the best that PyTorch's calls do in the same run."""
+    ceilings = found_ceilings("cpu")
+    head = ("operation", "", "dtype", "PyTorch's best", "composed", "C++", "against the best", "of the nearer ceiling")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for case, params, title in CPP_ROWS:
+        for group in by_params(r for r in _cpu(case) if params.items() <= r["params"].items()):
+            rows = {r["provider"]: r for r in group if "p50_s" in r}
+            if "fastprompt/composed" not in rows:
+                continue
+            peers = {n: r for n, r in rows.items() if not n.startswith("fastprompt") and n not in OTHERS}
+            best = min(peers, key=lambda n: peers[n]["p50_s"])
+            ours, theirs = rows["fastprompt"], peers[best]
+            times = [f"{1e3 * r['p50_s']:,.1f} ms" for r in (theirs, rows["fastprompt/composed"], ours)]
+            times[0] += f" (`{best}`)"
+            part = share(ours, ceilings) if ceilings else None
+            reached = "" if part is None else f"{100 * part[1]:.0f} % ({part[0]})"
+            p = ours["params"]
+            cells = (f"`{case}`", title.format(**p), p["dtype"], *times,
+                     f"{ours['ratio_p50'] / theirs['ratio_p50']:.2f}x", reached)  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def prefix_step_block() -> str:
     """The step of prefix tuning in bfloat16."""
     names = {
         "peft": "PEFT prefix tuning: a key-value cache",
         "kv_concat": "keys and values concatenated in every layer (SDPA)",
         "fastprompt": "**fastprompt**",
+        "fastprompt/composed": COMPOSED,
         "floor": "floor: no prefix",
     }
     p, lines = step_table("prefix_step", names, dtype="bfloat16", checkpointing=0)
@@ -147,6 +197,7 @@ def clip_prompts_block() -> str:
         "trimmed": "cut behind the longest class",
         "shared": "cut, shared context (SDPA)",
         "fastprompt": "**fastprompt**",
+        "fastprompt/composed": COMPOSED,
     }
     head = ("step", "form", "token rows", "s a step", "against published", "peak memory of a step")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -178,6 +229,8 @@ def step_table(case: str, names: dict[str, str], **params: Any) -> tuple[dict[st
     head = ("form", "s a step", f"against {next(iter(names))}", "against the floor", "peak memory of a step")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for provider, name in names.items():
+        if provider not in rows:
+            continue
         r = rows[provider]
         ratios = f"{r['ratio_p50'] / first:.2f}x | {r['ratio_p50'] / floor:.2f}x"
         lines.append(f"| {name} | {r['p50_s']:.2f} | {ratios} | {r['peak_bytes'] / 2**20:,.0f} MiB |")
@@ -213,6 +266,7 @@ def cache_block() -> str:
         ("prefill_compress", "plain"): "no compression",
         ("prefill_compress", "h2o"): "**fastprompt**, H2O",
         ("prefill_compress", "lookm"): "**fastprompt**, LOOK-M",
+        ("prefill_compress", "lookm/composed"): "LOOK-M, " + COMPOSED,
         ("prefill_compress", "snapkv"): "**fastprompt**, SnapKV",
         ("prefill_compress", "keydiff"): "**fastprompt**, KeyDiff",
         ("prefill_compress", "observed"): "H2O's scores from eager attention",
@@ -279,7 +333,7 @@ def written() -> dict[Path, str]:
     found = {}
     steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block, "clip_prompts": clip_prompts_block}
     steps |= {"cache": cache_block, "recipes": markdown, "count": count_block, "apt_step": apt_step_block}
-    steps |= {"branches": branches_block, "lanes": lanes_block, "continual": continual_block}
+    steps |= {"cpp": cpp_block, "branches": branches_block, "lanes": lanes_block, "continual": continual_block}
     for name, model in (("compress_text", "smollm2-135m"), ("compress_pictures", "tiny-llava")):
         steps[name] = partial(compress_block, model)
     for file, blocks in (

@@ -11,6 +11,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from bench import cases
 from bench.case import Case, difference
 from bench.measure import FAILED, OOM, WRONG, DeviceClock, attempt, interleave, machine, summary, wall_clock
 from bench.rows import read, settings
+from fastprompt.ops.cpp import extension
+from fastprompt.ops.cpp.extension import ISAS
 from fastprompt.tuning.memory import peak_memory
 
 ROOT = Path(__file__).parent.parent
@@ -98,10 +101,13 @@ def _examine(case: Case, name: str, want: list[Tensor], peak: Callable[[str], An
     return {"difference": found, "peak_bytes": peak_bytes, **work, **tokens}
 
 
-def peak_in_fresh_process(case: str, device: str, params: dict[str, Any], provider: str) -> int | str:
+def peak_in_fresh_process(
+    case: str, device: str, params: dict[str, Any], provider: str, isa: str | None = None
+) -> int | str:
     """Peak memory of two steps; on a CPU only a process that did nothing else can tell."""
     settings = [f"{name}={value}" for name, value in params.items()]
     command = [sys.executable, "-m", "bench.run", case, "--device", device, "--memory-of", provider, "--set", *settings]
+    command += ["--isa", isa] if isa else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if done.returncode == -9:  # the kernel's answer to a process that takes too much
         return OOM
@@ -139,15 +145,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="leave out the parameters that the JSON file has")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE[,VALUE]", help="parameters of the case")
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these and the baseline")
+    parser.add_argument(
+        "--isa", choices=ISAS, help="hold the C++ kernels to this level; PyTorch is held to it by ATEN_CPU_CAPABILITY, "
+        "ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS",
+    )  # fmt: skip
     parser.add_argument("--memory-of", metavar="PROVIDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but PyTorch sees no CUDA device; use --device cpu")
     header = machine(args.device)
+    if args.isa:
+        extension.best_isa = lambda: args.isa
     wrong = False
     for params in grid(args.set):
         torch.compiler.reset()  # a provider compiled for other shapes would be compiled again for any, and run slower
         case = build(args.case, args.device, params, args.providers)
+        if args.isa:
+            case = replace(case, params={**case.params, "isa": args.isa})
         if args.memory_of:
             print(json.dumps(_peak(case, args.memory_of, args.device)))
             continue
@@ -156,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def peak(provider: str, case: Case = case, params: dict = params) -> int | str:
             if args.device == "cpu":
-                return peak_in_fresh_process(case.name, args.device, params, provider)
+                return peak_in_fresh_process(case.name, args.device, params, provider, args.isa)
             return _peak(case, provider, args.device)
 
         rows = measure(case, args.device, args.rounds, peak)

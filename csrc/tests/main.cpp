@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
   if (best_isa() >= Isa::avx2) tests::vec_avx2();
   if (best_isa() >= Isa::avx512) tests::vec_avx512();
   tests::parallel();
+  tests::prompt_attention(small);
   tests::compress_kv(small);
   tests::diffuse_prompts(small);
   std::printf(tests::failures ? "%d checks failed\n" : "all checks passed\n", tests::failures);

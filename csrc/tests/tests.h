@@ -8,6 +8,7 @@ void vec_scalar();
 void vec_avx2();
 void vec_avx512();
 void parallel();
+void prompt_attention(bool small);
 void compress_kv(bool small);
 void diffuse_prompts(bool small);
 
