@@ -74,12 +74,12 @@ def test_the_extension_knows_nothing_of_unstable_torch_and_one_python():
 
 @needs_cpp
 @pytest.mark.parametrize("level", ["avx2", "avx512", "amx"])
-def test_no_shared_function_is_compiled_for_one_level(level, tmp_path):
+def test_no_shared_function_is_compiled_for_one_level(level):
     """A weak function of the standard library in a level's object could replace everybody's: only own names may be."""
-    made = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", f"-I{ROOT}/csrc/core", "-c"]
-    target = tmp_path / "level.o"
-    subprocess.run([COMPILER, *made, ROOT / f"csrc/core/{level}.cpp", "-o", target], check=True)
-    names = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout
+    objects = [f"build/plain/core/{path.stem}.o" for path in (ROOT / "csrc/core").glob(f"*{level}.cpp")]
+    subprocess.run(["make", "-j2", "-C", ROOT / "csrc", *objects], check=True, capture_output=True)
+    command = ["nm", "-C", *(ROOT / "csrc" / path for path in objects)]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     weak = [line.split(maxsplit=2)[2] for line in names.splitlines() if re.match(r"[0-9a-f]* *[WuV] ", line)]
     assert not [x for x in weak if f"fastprompt::{level}::" not in x and not x.startswith("DW.ref.")], weak
 
@@ -90,5 +90,5 @@ def test_core(target):
     """The unit tests of csrc/tests, plain, under AddressSanitizer and UBSan, under valgrind."""
     if target == "valgrind" and not shutil.which("valgrind"):
         pytest.skip("valgrind is not installed")
-    done = subprocess.run(["make", "-C", ROOT / "csrc", target], capture_output=True, text=True)
+    done = subprocess.run(["make", "-j2", "-C", ROOT / "csrc", target], capture_output=True, text=True)
     assert done.returncode == 0 and "all checks passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -240,7 +240,7 @@ def test_auto_takes_what_was_measured_to_win(monkeypatch):
         monkeypatch.setattr("fastprompt.ops.cpp.wins.best_isa", lambda level=level: level)
         choice = fastprompt.explain(prompt_attention, *make(dtype))
         assert choice.impl == impl, str(choice)
-        assert impl == "cpp" or level in str(choice) or "float64" in str(choice)
+        assert level in str(choice) or "float64" in str(choice)
 
 
 def test_a_level_by_name():

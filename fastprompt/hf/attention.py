@@ -118,12 +118,11 @@ def attention(
     prompt = None if child is None else child.key_value()
     split = getattr(child, "split", None)
     wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)
-    plain = prompt is None and split is None and wanted is not None and blocks is None
-    if plain and layer is not None and layer.compressed and _decodes(query, key):
-        out, lse = _decode(query, key, value, attention_mask, scaling)
-        layer.attended(query, lse, scaling)
-        return out.transpose(1, 2), None
-    if plain:
+    if prompt is None and split is None and wanted is not None and blocks is None:
+        if layer is not None and layer.compressed and _decodes(query, key):
+            step, level = _decode(query, key, value, attention_mask, scaling)
+            layer.attended(query, level, scaling)
+            return step.transpose(1, 2), None
         found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )

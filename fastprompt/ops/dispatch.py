@@ -152,7 +152,8 @@ def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: boo
     for name in ("triton", "cpp", "cpu") if composed else ("triton", "cpp"):
         reasons = reasons_against(op, name, tensors, by_name=False)
         if not reasons:
-            return Choice(op, name, "first that can run these tensors", refused)
+            why = wins.why(op, tensors) if name == "cpp" else "first that can run these tensors"
+            return Choice(op, name, why, refused)
         refused[name] = reasons
     return Choice(op, "reference", "plain PyTorch runs everywhere", refused)
 
