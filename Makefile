@@ -101,6 +101,7 @@ bench: $(VENV)/.dev
 	$(call BENCH,summarize_tokens) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
 	$(call BENCH,multilane) --rounds 5 --set tasks=1,4,10
 	$(call BENCH,key_scores) --rounds 5 --set tokens=1024,4096,8192,16384
+	$(call BENCH,compress_kv) --rounds 5 --set $(DTYPES)
 	$(call BENCH,prefill_compress) --rounds 5
 	$(call BENCH,decode) --rounds 5
 	$(call BENCH,decode_attention) --rounds $(ROUNDS) --set tokens=1024,8192,32768 $(DTYPES)

@@ -7,9 +7,11 @@ from bench.measure import FAILED, WRONG, attempt
 TINY = {
     "apt_step": {"layers": 2, "batch": 2, "prompts": 3},
     "cocoop_step": {"batch": 3, "classes": 5, "layers": 2, "width": 128, "vocab": 1200, "pixels": 32},
+    "compress_kv": {"tokens": 40, "dim": 16},
     "coop_text": {"classes": 7, "context": 5, "layers": 2, "width": 128, "vocab": 1200},
     "cpu_candidates": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
     "decode": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
+    "decode_attention": {"tokens": 70, "heads": 4, "heads_kv": 2, "dim": 16},
     "decoupled_attention": {"batch": 2, "heads": 2, "tokens": 19, "text": 5},
     "diffuse_prompts": {"batch": 2, "tokens": 19, "width": 32, "prompts": 5, "head_dim": 16},
     "ipadapter": {"steps": 3, "layers": 1, "queries": 24, "text": 5},
