@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`compress_kv` as LOOK-M compresses a cache: a fifth of the keys stays, the rest merges into them.
 
-Providers: the reference, plain PyTorch that never holds the whole matrix of similarities, and fastprompt. Which survivor
-is most similar is a matter of rounding where two nearly are; the tests compare the choices.
+Providers: the reference, plain PyTorch that never holds the whole matrix of similarities, and fastprompt. Which
+survivor is most similar is a matter of rounding where two nearly are; the tests compare the choices.
 """
 
 from __future__ import annotations
