@@ -2,7 +2,8 @@
 """Attention of one new token over a long cache, grouped-query: `prompt_attention` where a key head has few query rows.
 
 Providers: `sdpa` (PyTorch's, grouped), `sdpa/repeated` (keys and values repeated for every query head, as transformers
-does), `sdpa/folded` (the query heads of a key head as rows of one head: the best of PyTorch's calls), and fastprompt.
+does), `sdpa/folded` (the query heads of a key head as rows of one head: the best of PyTorch's calls), fastprompt, and the
+C++ `kernel` without the operation's checks, as attention over a compressed cache calls it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import Case, Provider, attention_work, composed, tolerance
 from fastprompt.ops import prompt_attention
+from fastprompt.ops.cpp import extension
+from fastprompt.ops.dispatch import backend
 
 
 def build(
@@ -40,15 +43,22 @@ def build(
         "fastprompt": lambda: prompt_attention(query, key, value, none, none),
     }
 
-    def provider(form) -> Provider:
+    def provider(form, why_not: str | None = None) -> Provider:
         @torch.no_grad()
         def step() -> list[Tensor]:
             return [form()]
 
-        return Provider(lambda: step, step, work=work)
+        return Provider(lambda: step, step, why_not, work)
 
     providers = {name: provider(form) for name, form in forms.items()}
     providers |= composed(device, providers)
+    bank, no_kernel = none.unsqueeze(0), extension.missing() if device == "cpu" else "the C++ kernels run on the CPU"
+    providers["kernel"] = provider(
+        lambda: backend("prompt_attention", "cpp").forward(query, key, value, bank, bank, None, None, False, dim**-0.5)[
+            0
+        ],
+        no_kernel or None,
+    )
 
     def reference() -> list[Tensor]:
         k, v = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
