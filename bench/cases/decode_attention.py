@@ -2,8 +2,8 @@
 """Attention of one new token over a long cache, grouped-query: `prompt_attention` where a key head has few query rows.
 
 Providers: `sdpa` (PyTorch's, grouped), `sdpa/repeated` (keys and values repeated for every query head, as transformers
-does), `sdpa/folded` (the query heads of a key head as rows of one head: the best of PyTorch's calls), fastprompt, and the
-C++ `kernel` without the operation's checks, as attention over a compressed cache calls it.
+does), `sdpa/folded` (the query heads of a key head as rows of one head), fastprompt, and the C++ `kernel` without the
+operation's checks, as attention over a compressed cache calls it.
 """
 
 from __future__ import annotations
