@@ -237,8 +237,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastprompt_cpp, CPU, m) {
 
 // `import fastprompt._C` loads the library, which registers the operations; the module itself tells what was built.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C",
+                                   "The C++ kernels: importing it registers the operations fastprompt_cpp::*.", -1,
+                                   nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (!module) return nullptr;
   if (PyModule_AddStringConstant(module, "compiler", FASTPROMPT_COMPILER) ||

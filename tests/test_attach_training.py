@@ -246,7 +246,7 @@ def test_training_goes_on_after_inference_mode(train):
 
 
 @pytest.mark.parametrize("depth", ["deep", "a gap", "first two"])
-def test_nothing_below_the_first_prompt_gets_gradients(monkeypatch, depth):
+def test_nothing_below_the_first_prompt_gets_gradients(monkeypatch, composition, depth):
     model = build()
     handle = attach_prompts(model, depth)
     needs = []

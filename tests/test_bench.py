@@ -63,18 +63,22 @@ def test_diffuse_prompts_agrees_with_the_released_module(mode):
     assert {"eager", "compiled", "fastprompt", "fastprompt/reference"} <= compared
 
 
+COMPOSED = "fastprompt/composed"
+CLASSES = ("published", "trimmed", "shared", "fastprompt")
+
+
 @pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("apt_step", {"fastprompt"}),
-        ("cocoop_step", {"published", "trimmed", "fastprompt"}),
-        ("coop_text", {f"{n}{c}" for n in ("published", "trimmed", "shared", "fastprompt") for c in ("", "/compiled")}),
+        ("apt_step", {"fastprompt", COMPOSED}),
+        ("cocoop_step", {"published", "trimmed", "fastprompt", COMPOSED}),
+        ("coop_text", {f"{n}{c}" for n in CLASSES for c in ("", "/compiled")} | {COMPOSED}),
         ("ipadapter", {"diffusers", "fastprompt/every-step", "fastprompt"}),
-        ("maple_step", {"published", "trimmed", "fastprompt"}),
+        ("maple_step", {"published", "trimmed", "fastprompt", COMPOSED}),
         ("multilane", {"released", "loop", "fastprompt", "fastprompt/batch"}),
-        ("prefix_step", {"peft", "kv_concat", "fastprompt"}),
-        ("vpt_step", {"kv_concat", "fastprompt"}),
+        ("prefix_step", {"peft", "kv_concat", "fastprompt", COMPOSED}),
+        ("vpt_step", {"kv_concat", "fastprompt", COMPOSED}),
     ],
 )
 def test_steps_agree_with_the_reference(name, expected):
@@ -134,7 +138,7 @@ def test_published_activations_are_28_7_kb_a_row_and_layer():
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_peft_with_gradient_checkpointing_is_a_reason():
     compared, reasons = agreed(build("prefix_step", "cpu", TINY["prefix_step"] | {"checkpointing": 1}))
-    assert compared == {"kv_concat", "fastprompt"}
+    assert compared == {"kv_concat", "fastprompt", COMPOSED}
     assert "does not work with gradient checkpointing" in reasons["peft"]
 
 
