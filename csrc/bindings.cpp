@@ -11,19 +11,23 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <vector>
 
 #include "compress_kv.h"
-#include "diffuse_prompts.h"
 #include "decode.h"
+#include "decoupled_attention.h"
+#include "diffuse_prompts.h"
 #include "key_scores.h"
 #include "prompt_attention.h"
 
 namespace {
 
+using fastprompt::DecoupledAttention;
 using fastprompt::DiffusePrompts;
 using fastprompt::DiffusePromptsGrads;
 using fastprompt::DType;
 using fastprompt::Isa;
+using fastprompt::KeyBranch;
 using fastprompt::Mask;
 using fastprompt::PromptAttention;
 using fastprompt::PromptAttentionGrads;
@@ -31,6 +35,8 @@ using fastprompt::Rows;
 using fastprompt::Threads;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using MaybeTensors = std::vector<MaybeTensor>;
 
 DType dtype_of(const Tensor& x) {
   using torch::headeronly::ScalarType;
@@ -116,6 +122,53 @@ void prompt_attention_backward(const Tensor grad_out, MaybeTensor grad_lse, cons
   grads.query = rows(query_grad, packed), grads.key = rows(key_grad, packed), grads.value = rows(value_grad, packed);
   grads.prompt_key = rows(prompt_key_grad), grads.prompt_value = rows(prompt_value_grad);
   fastprompt::prompt_attention_backward(p, grads, level(isa), threads());
+}
+
+// One float a row: [sample, head, row].
+Rows numbers(const MaybeTensor& x) {
+  return x ? Rows{x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1), x->stride(2)} : Rows();
+}
+
+// Sets of keys [sample or 1, head, key, dim] with a weight of every row [sample, head, row] or one of all.
+std::vector<KeyBranch> branches_of(const Tensor& query, const Tensors& keys, const Tensors& values,
+                                   const MaybeTensors& weights, const std::vector<double>& factors) {
+  std::vector<KeyBranch> branches(keys.size());
+  for (size_t j = 0; j < keys.size(); ++j) {
+    KeyBranch& branch = branches[j];
+    branch.keys = keys[j].size(2), branch.shared = keys[j].size(0) != query.size(0);
+    branch.key = rows(keys[j]), branch.value = rows(values[j]);
+    branch.weight = numbers(weights[j]), branch.factor = static_cast<float>(factors[j]);
+  }
+  return branches;
+}
+
+DecoupledAttention decoupled(const Tensor& query, const Tensors& keys, double scale,
+                             const std::vector<KeyBranch>& branches) {
+  DecoupledAttention p;
+  p.rows.samples = query.size(0), p.rows.heads = query.size(1), p.rows.heads_kv = keys[0].size(1);
+  p.rows.tq = query.size(2), p.rows.dim = query.size(3), p.rows.scale = static_cast<float>(scale);
+  p.rows.query = rows(query);
+  p.branches = branches.data(), p.count = static_cast<int64_t>(branches.size());
+  return p;
+}
+
+void decoupled_attention(const Tensor query, Tensors keys, Tensors values, MaybeTensors weights,
+                         std::vector<double> factors, double scale, int64_t isa, Tensor out) {
+  const auto branches = branches_of(query, keys, values, weights, factors);
+  fastprompt::decoupled_attention_forward(decoupled(query, keys, scale, branches), rows(out), level(isa), threads());
+}
+
+void decoupled_attention_backward(const Tensor grad_out, const Tensor query, Tensors keys, Tensors values,
+                                  MaybeTensors weights, std::vector<double> factors, double scale, int64_t isa,
+                                  MaybeTensor query_grad, MaybeTensors key_grads, MaybeTensors value_grads,
+                                  MaybeTensors weight_grads) {
+  auto branches = branches_of(query, keys, values, weights, factors);
+  for (size_t j = 0; j < branches.size(); ++j) {
+    branches[j].key_grad = rows(key_grads[j]), branches[j].value_grad = rows(value_grads[j]);
+    branches[j].weight_grad = numbers(weight_grads[j]);
+  }
+  fastprompt::decoupled_attention_backward(decoupled(query, keys, scale, branches), rows(grad_out), rows(query_grad),
+                                           level(isa), threads());
 }
 
 void compress_kv(const Tensor key, const Tensor value, const Tensor index, MaybeTensor valid, int64_t merge,
@@ -205,6 +258,13 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
       "compress_kv(Tensor key, Tensor value, Tensor index, Tensor? valid, int merge, bool merge_keys, int isa, "
       "Tensor(a!) kept_key, Tensor(b!) kept_value) -> ()");
   m.def(
+      "decoupled_attention(Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] weights, float[] factors, "
+      "float scale, int isa, Tensor(a!) out) -> ()");
+  m.def(
+      "decoupled_attention_backward(Tensor grad_out, Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] weights, "
+      "float[] factors, float scale, int isa, Tensor(a!)? query_grad, Tensor(b!)?[] key_grads, "
+      "Tensor(c!)?[] value_grads, Tensor(d!)?[] weight_grads) -> ()");
+  m.def(
       "decode_blocks(Tensor query, Tensor key, Tensor value, Tensor block_key, Tensor block_value, Tensor ends, "
       "float scale, int isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
@@ -223,6 +283,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastprompt_cpp, CPU, m) {
   m.impl("prompt_attention", TORCH_BOX(&prompt_attention));
   m.impl("prompt_attention_backward", TORCH_BOX(&prompt_attention_backward));
   m.impl("compress_kv", TORCH_BOX(&compress_kv));
+  m.impl("decoupled_attention", TORCH_BOX(&decoupled_attention));
+  m.impl("decoupled_attention_backward", TORCH_BOX(&decoupled_attention_backward));
   m.impl("decode_blocks", TORCH_BOX(&decode_blocks));
   m.impl("key_scores", TORCH_BOX(&key_scores));
   m.impl("diffuse_prompts", TORCH_BOX(&diffuse_prompts));

@@ -26,6 +26,7 @@
 
 // Own headers whose inline functions are shared by all levels.
 #include "compress_kv.h"
+#include "decoupled_attention.h"
 #include "diffuse_prompts.h"
 #include "isa.h"
 #include "parallel.h"

@@ -221,17 +221,17 @@ LIBRARY.impl("decoupled_attention_backward", _backward, "CompositeExplicitAutogr
 
 
 @torch.library.register_fake("fastprompt::decoupled_attention", lib=LIBRARY)
-def _fake(query, keys, *rest):
+def _fake(query, keys, values, weights, attn_masks, weighted, masked, factors, is_causal, scale, keep, impl):
     batch, heads, tq, dim = query.shape
 
     def out():
         return query.new_empty(batch, tq, heads, dim).transpose(1, 2)
 
     dtype = torch.promote_types(query.dtype, torch.float32)
-    if rest[-1] == "triton":
+    if impl == "triton":
         return out(), [query.new_empty(len(keys), batch, heads, tq, dtype=dtype)]
-    # On a CPU every branch leaves its log-sum-exp and its output, if there is a backward.
-    if not rest[-2]:
+    # Branch by branch each leaves its log-sum-exp and its output, if there is a backward.
+    if not keep or (impl == "cpp" and backend("decoupled_attention", impl).in_one_pass(keys, masked, is_causal)):
         return out(), []
     return out(), [query.new_empty(batch, heads, tq, dtype=dtype) for _ in keys] + [out() for _ in keys]
 

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#define FASTPROMPT_LEVEL 0
+#include "level.h"
+
+// After level.h, whose target holds for what follows.
+#include "decoupled_attention_levels.h"
+
+#include "decoupled_attention_float_backward.h"
