@@ -124,11 +124,6 @@ void prompt_attention_backward(const Tensor grad_out, MaybeTensor grad_lse, cons
   fastprompt::prompt_attention_backward(p, grads, level(isa), threads());
 }
 
-// One float a row: [sample, head, row].
-Rows numbers(const MaybeTensor& x) {
-  return x ? Rows{x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1), x->stride(2)} : Rows();
-}
-
 // Sets of keys [sample or 1, head, key, dim] with a weight of every row [sample, head, row] or one of all.
 std::vector<KeyBranch> branches_of(const Tensor& query, const Tensors& keys, const Tensors& values,
                                    const MaybeTensors& weights, const std::vector<double>& factors) {
@@ -137,7 +132,7 @@ std::vector<KeyBranch> branches_of(const Tensor& query, const Tensors& keys, con
     KeyBranch& branch = branches[j];
     branch.keys = keys[j].size(2), branch.shared = keys[j].size(0) != query.size(0);
     branch.key = rows(keys[j]), branch.value = rows(values[j]);
-    branch.weight = numbers(weights[j]), branch.factor = static_cast<float>(factors[j]);
+    branch.weight = rows(weights[j]), branch.factor = static_cast<float>(factors[j]);
   }
   return branches;
 }
@@ -165,7 +160,7 @@ void decoupled_attention_backward(const Tensor grad_out, const Tensor query, Ten
   auto branches = branches_of(query, keys, values, weights, factors);
   for (size_t j = 0; j < branches.size(); ++j) {
     branches[j].key_grad = rows(key_grads[j]), branches[j].value_grad = rows(value_grads[j]);
-    branches[j].weight_grad = numbers(weight_grads[j]);
+    branches[j].weight_grad = rows(weight_grads[j]);
   }
   fastprompt::decoupled_attention_backward(decoupled(query, keys, scale, branches), rows(grad_out), rows(query_grad),
                                            level(isa), threads());

@@ -14,11 +14,7 @@ int64_t DecoupledAttention::keys() const {
 void decoupled_attention_forward(const DecoupledAttention& p, const Rows& out, Isa isa, const Threads& threads) {
   switch (isa) {
 #if defined(__x86_64__)
-#if 0
     case Isa::amx:
-      if (p.rows.query.dtype == DType::bfloat16) return amx::decoupled_attention_forward(p, out, threads);
-      [[fallthrough]];
-#endif
     case Isa::avx512: return avx512::decoupled_attention_forward(p, out, threads);
     case Isa::avx2: return avx2::decoupled_attention_forward(p, out, threads);
 #endif
@@ -30,13 +26,7 @@ void decoupled_attention_backward(const DecoupledAttention& p, const Rows& grad_
                                   const Threads& threads) {
   switch (isa) {
 #if defined(__x86_64__)
-#if 0
     case Isa::amx:
-      if (p.rows.query.dtype == DType::bfloat16) {
-        return amx::decoupled_attention_backward(p, grad_out, query_grad, threads);
-      }
-      [[fallthrough]];
-#endif
     case Isa::avx512: return avx512::decoupled_attention_backward(p, grad_out, query_grad, threads);
     case Isa::avx2: return avx2::decoupled_attention_backward(p, grad_out, query_grad, threads);
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of decoupled_attention of every level; that of AMX takes bfloat16 alone.
+// The float engine of decoupled_attention, compiled once a level.
 #pragma once
 
 #include "decoupled_attention.h"
@@ -23,11 +23,5 @@ void decoupled_attention_forward(const DecoupledAttention& p, const Rows& out, c
 void decoupled_attention_backward(const DecoupledAttention& p, const Rows& grad_out, const Rows& query_grad,
                                   const Threads& threads);
 }  // namespace avx512
-
-namespace amx {
-void decoupled_attention_forward(const DecoupledAttention& p, const Rows& out, const Threads& threads);
-void decoupled_attention_backward(const DecoupledAttention& p, const Rows& grad_out, const Rows& query_grad,
-                                  const Threads& threads);
-}  // namespace amx
 
 }  // namespace fastprompt

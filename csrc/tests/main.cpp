@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   tests::parallel();
   tests::prompt_attention(small);
   tests::compress_kv(small);
+  tests::decoupled_attention(small);
   tests::diffuse_prompts(small);
   std::printf(tests::failures ? "%d checks failed\n" : "all checks passed\n", tests::failures);
   return tests::failures ? EXIT_FAILURE : EXIT_SUCCESS;

@@ -10,6 +10,7 @@ void vec_avx512();
 void parallel();
 void prompt_attention(bool small);
 void compress_kv(bool small);
+void decoupled_attention(bool small);
 void diffuse_prompts(bool small);
 
 }  // namespace fastprompt::tests

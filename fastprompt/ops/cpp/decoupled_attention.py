@@ -88,6 +88,8 @@ def backward(
         written[0], written[1 : n + 1], written[n + 1 :], full,
     )  # fmt: skip
     # An input whose rows are not dense has a gradient like it.
-    found = [g if g is w else g.copy_(w) for g, w in zip(grads, written, strict=True) if g is not None and w is not None]
+    found = [
+        g if g is w else g.copy_(w) for g, w in zip(grads, written, strict=True) if g is not None and w is not None
+    ]
     weighed = [(w, x) for w, x in zip(weights, full, strict=True) if w is not None and x is not None]
     return found + [torch.empty_like(w).copy_(x.sum_to_size(w.shape)) for w, x in weighed]
