@@ -14,12 +14,16 @@ namespace fastprompt::FASTPROMPT_NAMESPACE {
 constexpr int64_t kTokens = 96;   // most tokens of a block, whole groups of 32
 constexpr int64_t kColumns = 256;  // columns of one product that is written out
 
-// Keys and values of a call as floats, rounded to the type of x: rows [prompts, columns] and, transposed,
+// Floats from one row of `columns` to the next: an odd number of cache lines, so that the rows of a product's panel
+// spread over all sets of the nearest cache.
+constexpr int64_t apart(int64_t columns) { return (columns + 15) / 16 % 2 ? round_up(columns, 16) : round_up(columns, 16) + 16; }
+
+// Keys and values of a call as floats, rounded to the type of x: rows [prompts, columns], `row` apart, and, transposed,
 // [width, wide], all with zeros up to whole vectors.
 class DiffusedMatrices {
  public:
   DiffusedMatrices(const DiffusePrompts& p, bool slopes)
-      : wide(to_vectors(p.prompts)), columns(to_vectors(p.width)), p_(p), memory_(size(Cutter(), slopes)) {
+      : wide(to_vectors(p.prompts)), columns(to_vectors(p.width)), row(apart(columns)), p_(p), memory_(size(Cutter(), slopes)) {
     size(Cutter(memory_.data()), slopes);
   }
 
@@ -27,26 +31,26 @@ class DiffusedMatrices {
     for_each(threads, wide / kWidth * 2, 8.0 * double(p_.prompts) * double(p_.width), [&](int64_t task) {
       const int64_t first = task / 2 * kWidth, count = std::min(p_.prompts - first, kWidth);
       const Rows& rows = task % 2 ? p_.values : p_.keys;
-      float* to = (task % 2 ? values : keys) + first * columns;
+      float* to = (task % 2 ? values : keys) + first * row;
       float* by_dim = task % 2 ? values_by_dim : keys_by_dim;
-      copy_rows(rows.at(0, 0, first), rows.dtype, rows.row, count, p_.width, p_.x.dtype, to, columns);
+      copy_rows(rows.at(0, 0, first), rows.dtype, rows.row, count, p_.width, p_.x.dtype, to, row);
       if (!by_dim) return;
       for (int64_t d = 0; d < p_.width; d += kWidth) {
         Vec x[kWidth];
-        for (int64_t i = 0; i < kWidth; ++i) x[i] = i < count ? Vec::load(to + i * columns + d) : Vec(0.0f);
+        for (int64_t i = 0; i < kWidth; ++i) x[i] = i < count ? Vec::load(to + i * row + d) : Vec(0.0f);
         transpose(x);
         for (int64_t i = 0; i < std::min(p_.width - d, kWidth); ++i) x[i].store(by_dim + (d + i) * wide + first);
       }
     });
   }
 
-  const int64_t wide, columns;
+  const int64_t wide, columns, row;
   float *values = nullptr, *keys = nullptr, *keys_by_dim = nullptr, *values_by_dim = nullptr;
 
  private:
   int64_t size(Cutter cutter, bool slopes) {
-    values = cutter.cut<float>(p_.prompts * columns);
-    keys = cutter.cut<float>(p_.prompts * columns);
+    values = cutter.cut<float>(p_.prompts * row);
+    keys = cutter.cut<float>(p_.prompts * row);
     keys_by_dim = cutter.cut<float>(p_.width * wide);
     if (slopes) values_by_dim = cutter.cut<float>(p_.width * wide);
     return std::max(cutter.used(), kAlignment);
@@ -77,16 +81,17 @@ class DiffusedBlock {
   DiffusedBlock(const DiffusePrompts& p, const DiffusedMatrices& matrices, Cutter& cutter)
       : p_(p), matrices_(matrices), sums_(cutter.cut<float>(kTokens * kColumns)) {}
 
-  // Rows as floats: where they are, or in `copy` [kTokens, columns]. `whole`: up to whole vectors.
-  FloatRows read(const TokenRows& rows, int64_t first, int64_t count, bool whole, float* copy) const {
-    if (in_place(rows, whole)) return {reinterpret_cast<const float*>(rows.at(first)), rows.rows.row};
+  // Rows as floats: where they are, or in `copy` [kTokens, row]. `summed`: by a product over tokens, whose panels want
+  // rows as far apart as those.
+  FloatRows read(const TokenRows& rows, int64_t first, int64_t count, bool summed, float* copy) const {
+    if (in_place(rows, summed)) return {reinterpret_cast<const float*>(rows.at(first)), rows.rows.row};
     for (int64_t r = 0; r < count; ++r) {
-      copy_rows(rows.at(first + r), p_.x.dtype, 0, 1, p_.width, p_.x.dtype, copy + r * matrices_.columns, 0);
+      copy_rows(rows.at(first + r), p_.x.dtype, 0, 1, p_.width, p_.x.dtype, copy + r * matrices_.row, 0);
     }
-    return {copy, matrices_.columns};
+    return {copy, matrices_.row};
   }
-  bool in_place(const TokenRows& rows, bool whole) const {
-    return p_.x.dtype == DType::float32 && rows.even && (!whole || p_.width % kWidth == 0);
+  bool in_place(const TokenRows& rows, bool summed) const {
+    return p_.x.dtype == DType::float32 && rows.even && !summed;
   }
 
   // scores [count, wide] = the rows' product with keys or values by dim.
@@ -98,10 +103,10 @@ class DiffusedBlock {
   // write(r, first column, columns, their sums) for every row of weights [count, wide] times prompts.
   template <class Write>
   void read_prompts(const float* weights, int64_t count, const float* prompts, const Write& write) const {
-    const int64_t wide = matrices_.wide, columns = matrices_.columns;
+    const int64_t wide = matrices_.wide, columns = matrices_.columns, row = matrices_.row;
     for (int64_t column = 0; column < columns; column += kColumns) {
       const int64_t n = std::min(columns - column, kColumns);
-      multiply_in_parts({count, n, p_.prompts, weights, wide, 1, prompts + column, columns, sums_, kColumns});
+      multiply_in_parts({count, n, p_.prompts, weights, wide, 1, prompts + column, row, sums_, kColumns});
       for (int64_t r = 0; r < count; ++r) {
         write(r, column, std::min(p_.width - column, n), sums_ + r * kColumns);
       }
@@ -165,7 +170,7 @@ class DiffusedForward {
       : p_(p), matrices_(matrices), block_(p, matrices, cutter), x_(p.x, p), base_(p.base, p),
         out_(out, p) {
     scores_ = cutter.cut<float>(kTokens * matrices.wide);
-    copy_ = cutter.cut<float>(block_.in_place(x_, false) ? 0 : kTokens * matrices.columns);
+    copy_ = cutter.cut<float>(block_.in_place(x_, false) ? 0 : kTokens * matrices.row);
     bytes_ = cutter.used();
   }
 

@@ -14,8 +14,8 @@ class DiffusedBackward {
         grad_(g.grad_out, p), dx_(g.x, p), dbase_(g.base, p) {
     scores_ = cutter.cut<float>(kTokens * matrices.wide);
     reached_ = cutter.cut<float>(kTokens * matrices.wide);
-    x_copy_ = cutter.cut<float>(block_.in_place(x_, bool(g.keys)) ? 0 : kTokens * matrices.columns);
-    grad_copy_ = cutter.cut<float>(block_.in_place(grad_, bool(g.values)) ? 0 : kTokens * matrices.columns);
+    x_copy_ = cutter.cut<float>(block_.in_place(x_, bool(g.keys)) ? 0 : kTokens * matrices.row);
+    grad_copy_ = cutter.cut<float>(block_.in_place(grad_, bool(g.values)) ? 0 : kTokens * matrices.row);
     bytes_ = cutter.used();
   }
 
