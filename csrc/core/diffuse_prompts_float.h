@@ -14,16 +14,19 @@ namespace fastprompt::FASTPROMPT_NAMESPACE {
 constexpr int64_t kTokens = 96;   // most tokens of a block, whole groups of 32
 constexpr int64_t kColumns = 256;  // columns of one product that is written out
 
-// Floats from one row of `columns` to the next: an odd number of cache lines, so that the rows of a product's panel
-// spread over all sets of the nearest cache.
-constexpr int64_t apart(int64_t columns) { return (columns + 15) / 16 % 2 ? round_up(columns, 16) : round_up(columns, 16) + 16; }
+// Floats from one row of `columns` to the next: an odd number of cache lines, so that the rows of a product's panel spread
+// over all sets of the nearest cache.
+constexpr int64_t odd_lines(int64_t columns) {
+  const int64_t lines = (columns + 15) / 16;
+  return (lines + 1 - lines % 2) * 16;
+}
 
 // Keys and values of a call as floats, rounded to the type of x: rows [prompts, columns], `row` apart, and, transposed,
 // [width, wide], all with zeros up to whole vectors.
 class DiffusedMatrices {
  public:
   DiffusedMatrices(const DiffusePrompts& p, bool slopes)
-      : wide(to_vectors(p.prompts)), columns(to_vectors(p.width)), row(apart(columns)), p_(p), memory_(size(Cutter(), slopes)) {
+      : wide(to_vectors(p.prompts)), columns(to_vectors(p.width)), row(odd_lines(columns)), p_(p), memory_(size(Cutter(), slopes)) {
     size(Cutter(memory_.data()), slopes);
   }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`decoupled_attention` on the C++ kernels: few keys in one pass over the queries (``csrc/core/decoupled_attention.h``).
+"""`decoupled_attention` on the C++ kernels: few keys in one pass (``csrc/core/decoupled_attention.h``).
 
 Masks, causality and many keys go branch by branch over the kernels of `prompt_attention`.
 """
