@@ -26,7 +26,7 @@ class DecoupledBackward {
 
   int64_t bytes() const { return bytes_; }
 
-  // Blocks of lanes [first, end) of one key head. Sums [keys, padded] over lanes are overwritten, where they are wanted.
+  // Blocks of lanes [first, end) of one key head. Sums [keys, padded] over lanes are overwritten, where wanted.
   void run(const KeyHead& head, int64_t first, int64_t end, float* key_sums, float* value_sums) {
     rows_.load(head);
     if (wants_.key) std::fill_n(key_sums, keys_ * padded_, 0.0f);

@@ -97,7 +97,9 @@ class DecoupledSums {
   void write(const KeyBranch& branch, const Rows& to, const float* from, float scale, int64_t sample,
              int64_t head) const {
     if (!to) return;
-    if (from) return store_rows(from, padded, branch.keys, p_.rows.dim, scale, to.at(sample, head, 0), to.dtype, to.row);
+    if (from) {
+      return store_rows(from, padded, branch.keys, p_.rows.dim, scale, to.at(sample, head, 0), to.dtype, to.row);
+    }
     for (int64_t r = 0; r < branch.keys; ++r) {
       std::memset(to.at(sample, head, r), 0, static_cast<size_t>(p_.rows.dim * size_of(to.dtype)));
     }

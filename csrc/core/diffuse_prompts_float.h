@@ -14,8 +14,8 @@ namespace fastprompt::FASTPROMPT_NAMESPACE {
 constexpr int64_t kTokens = 96;   // most tokens of a block, whole groups of 32
 constexpr int64_t kColumns = 256;  // columns of one product that is written out
 
-// Floats from one row of `columns` to the next: an odd number of cache lines, so that the rows of a product's panel spread
-// over all sets of the nearest cache.
+// Floats from one row of `columns` to the next: an odd number of cache lines, so that the rows of a product's panel
+// spread over all sets of the nearest cache.
 constexpr int64_t odd_lines(int64_t columns) {
   const int64_t lines = (columns + 15) / 16;
   return (lines + 1 - lines % 2) * 16;
@@ -26,7 +26,8 @@ constexpr int64_t odd_lines(int64_t columns) {
 class DiffusedMatrices {
  public:
   DiffusedMatrices(const DiffusePrompts& p, bool slopes)
-      : wide(to_vectors(p.prompts)), columns(to_vectors(p.width)), row(odd_lines(columns)), p_(p), memory_(size(Cutter(), slopes)) {
+      : wide(to_vectors(p.prompts)), columns(to_vectors(p.width)), row(odd_lines(columns)), p_(p),
+        memory_(size(Cutter(), slopes)) {
     size(Cutter(memory_.data()), slopes);
   }
 
