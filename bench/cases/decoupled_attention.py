@@ -2,7 +2,8 @@
 """`decoupled_attention` on IP-Adapter's cross-attention shapes: text and image tokens, each with a softmax of its own.
 
 Providers: `sdpa` (one call a branch, the image branch scaled and added, as diffusers computes it), `xformers` and
-`flex` (likewise), fastprompt. `floor` is the text branch alone. `shape` is
+`flex` (likewise), `prompt_attention` (one call of it a branch, likewise), fastprompt. `floor` is the text branch alone.
+`shape` is
 ``sd15`` (8 heads of 40, 4 image tokens) or ``sdxl`` (10 heads of 64, 16 image tokens), at 4096 queries a sample.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, composed, tolerance
-from fastprompt.ops import decoupled_attention
+from fastprompt.ops import decoupled_attention, prompt_attention
 from fastprompt.ops.dispatch import IMPLS
 
 SHAPES = {"sd15": (8, 40, 4), "sdxl": (10, 64, 16)}
@@ -73,6 +74,7 @@ def build(
         "sdpa": provider(two_calls(sdpa)),
         "flex": flex,
         "xformers": provider(two_calls(_xformers), no_xformers),
+        "prompt_attention": provider(two_calls(_without_prompts)),
     }
     for impl in IMPLS:
         providers["fastprompt" if impl == "auto" else f"fastprompt/{impl}"] = provider(fastprompt(impl))
@@ -91,6 +93,11 @@ def _flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
+
+
+def _without_prompts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    none = query.new_empty(1, key.shape[1], 0, query.shape[3])
+    return prompt_attention(query, key, value, none, none)
 
 
 def _xformers(*inputs: Tensor) -> Tensor:
