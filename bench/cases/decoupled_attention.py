@@ -2,7 +2,7 @@
 """`decoupled_attention` on IP-Adapter's cross-attention shapes: text and image tokens, each with a softmax of its own.
 
 Providers: `sdpa` (one call a branch, the image branch scaled and added, as diffusers computes it), `xformers` and
-`flex` (likewise), `prompt_attention` (likewise, of this package), fastprompt. `floor` is the text branch alone. `shape` is
+`flex` and `prompt_attention` (likewise), fastprompt. `floor` is the text branch alone. `shape` is
 ``sd15`` (8 heads of 40, 4 image tokens) or ``sdxl`` (10 heads of 64, 16 image tokens), at 4096 queries a sample.
 """
 
