@@ -2,7 +2,8 @@
 // The C++ kernels as PyTorch operations `fastprompt_cpp::*`, on the stable ABI: pointers and strides in, nothing else.
 //
 // Shapes, dtypes, devices and indices are checked and outputs allocated by fastprompt/ops; these operations are its
-// private way down. `isa` is a level of isa.h, -1 for the best of this processor.
+// private way down. `isa` is a level of isa.h. What indexes memory is checked here, too: while torch.compile traces, there
+// are no values to look at.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -13,8 +14,8 @@
 #include <optional>
 
 #include "compress_kv.h"
-#include "diffuse_prompts.h"
 #include "decode.h"
+#include "diffuse_prompts.h"
 #include "key_scores.h"
 #include "prompt_attention.h"
 
@@ -45,9 +46,8 @@ DType dtype_of(const Tensor& x) {
 
 // The level to run at; one that this processor lacks is an error and never a fault.
 Isa level(int64_t isa) {
-  if (isa < 0) return fastprompt::best_isa();
-  STD_TORCH_CHECK(isa <= static_cast<int64_t>(fastprompt::best_isa()), "fastprompt_cpp: this processor has no level ",
-                  isa);
+  STD_TORCH_CHECK(isa >= 0 && isa <= static_cast<int64_t>(fastprompt::best_isa()),
+                  "fastprompt_cpp: this processor has no level ", isa);
   return static_cast<Isa>(isa);
 }
 
@@ -73,6 +73,21 @@ Mask mask_of(const MaybeTensor& x) {
   return {x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1), x->stride(2), x->stride(3)};
 }
 
+// Prompts that a sample may read, and sequences that cover the `rows` there are.
+void check_indices(const PromptAttention& p, int64_t rows) {
+  for (int64_t s = 0; s < p.samples; ++s) {
+    STD_TORCH_CHECK(p.prompt_of(s) >= 0 && p.prompt_of(s) < p.bank, "prompt_index: got ", p.prompt_of(s), " at [", s,
+                    "], expected [0, ", p.bank - 1, "] (bank of ", p.bank, ")");
+  }
+  if (!p.cu_seqlens) return;
+  STD_TORCH_CHECK(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.samples] == rows, "cu_seqlens: got ", p.cu_seqlens[0],
+                  " first and ", p.cu_seqlens[p.samples], " last, expected 0 and ", rows, " (the rows of query)");
+  for (int64_t s = 0; s < p.samples; ++s) {
+    STD_TORCH_CHECK(p.queries_of(s) > 0 && p.queries_of(s) <= p.tq, "cu_seqlens: got a sequence of ", p.queries_of(s),
+                    " rows at [", s, "], expected 1 to ", p.tq, " (max_seqlen)");
+  }
+}
+
 PromptAttention problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prompt_key,
                         const Tensor& prompt_value, const MaybeTensor& prompt_index, const MaybeTensor& attn_mask,
                         const MaybeTensor& cu_seqlens, int64_t max_seqlen, bool is_causal, double scale) {
@@ -88,6 +103,7 @@ PromptAttention problem(const Tensor& query, const Tensor& key, const Tensor& va
   p.prompt_key = rows(prompt_key), p.prompt_value = rows(prompt_value);
   p.mask = mask_of(attn_mask);
   p.causal = is_causal, p.scale = static_cast<float>(scale);
+  check_indices(p, query.size(0));
   return p;
 }
 
