@@ -221,7 +221,9 @@ def test_compiles_without_graph_breaks():
 def test_a_compiled_call_reads_no_prompt_that_is_not_there():
     """While it traces, an index has no values to check; the kernels look at them."""
     inputs = make(torch.float32, bank=3)
-    call = torch.compile(lambda i: prompt_attention(*inputs, prompt_index=i, impl="cpp"), backend="eager", fullgraph=True)
+    call = torch.compile(
+        lambda i: prompt_attention(*inputs, prompt_index=i, impl="cpp"), backend="eager", fullgraph=True
+    )
     assert torch.equal(call(torch.tensor([2, 0])), prompt_attention(*inputs, prompt_index=torch.tensor([2, 0])))
     for wrong in (3, -1, 2**40):
         with pytest.raises(RuntimeError, match=rf"prompt_index: got {wrong} at \[1\], expected \[0, 2\]"):
