@@ -10,7 +10,8 @@ namespace fastprompt::FASTPROMPT_NAMESPACE {
 class BackwardTasks {
  public:
   BackwardTasks(const PromptAttention& p, const PromptAttentionGrads& g)
-      : p_(p), g_(g), want_(p, g), found_(p, std::max<int64_t>((p.samples + 15) / 16, 1)), ranges_(key_ranges(want_, p.tk)), nd_(tiles_of_16(p.dim)),
+      : p_(p), g_(g), want_(p, g), found_(p, std::max<int64_t>((p.samples + 15) / 16, 1)),
+        ranges_(key_ranges(want_, p.tk)), nd_(tiles_of_16(p.dim)),
         prompt_tiles_(round_up(p.prompts, 32) / 16 * nd_), lanes_memory_((p.samples + 1) * int64_t{sizeof(int64_t)}),
         first_lane_(reinterpret_cast<int64_t*>(lanes_memory_.data())), sums_memory_(lay_out()),
         sums_(reinterpret_cast<float*>(sums_memory_.data())) {}
@@ -30,7 +31,7 @@ class BackwardTasks {
     if (want_.query && ranges_ > 1) {
       const double all = double(ranges_ * p_.heads_kv * all_lanes() * nd_ * 16);
       for_each(threads, p_.samples * p_.heads_kv, all,
-               [&](int64_t i) { write_query(i / p_.heads_kv, i % p_.heads_kv); });
+               [&](int64_t i) { sum_query(i / p_.heads_kv, i % p_.heads_kv); });
     }
   }
 
@@ -95,20 +96,19 @@ class BackwardTasks {
       for (int64_t x = 0; x < p_.prompts; x += 32) {
         const int64_t keys = std::min<int64_t>(p_.prompts - x, 32), count = tiles_of_16(keys) * nd_ * kTileFloats;
         const int64_t place = x / 16 * nd_ * kTileFloats;
-        const std::byte* taken = Scratch::take(count * 4);
-        auto* sums = reinterpret_cast<float*>(const_cast<std::byte*>(taken));
+        auto* sums = reinterpret_cast<float*>(Scratch::take(count * int64_t{sizeof(float)}));
         std::fill_n(sums, count, 0.0f);
         const auto at = static_cast<size_t>(g);
         for (int64_t run = found_.first_of[at]; run < found_.first_of[at + 1]; ++run) {
           const float* part = prompt_sums(run, head_kv, which) + place;
           for (int64_t i = 0; i < count; i += kWidth) (Vec::load(sums + i) + Vec::load(part + i)).store(sums + i);
         }
-        AttentionBackward::write_keys(sums, keys, p_.dim, scale, to, x);
+        write_keys(sums, keys, p_.dim, scale, to, x);
       }
     }
   }
 
-  void write_query(int64_t s, int64_t head_kv) const {
+  void sum_query(int64_t s, int64_t head_kv) const {
     const int64_t ranges = key_ranges(want_, p_.keys_of(s)), lanes = p_.queries_of(s) * p_.groups();
     if (ranges == 1 || lanes == 0) return;
     float* sums = query_sums(s, head_kv, 0);
@@ -118,7 +118,7 @@ class BackwardTasks {
         (Vec::load(sums + i) + Vec::load(part + i)).store(sums + i);
       }
     }
-    AttentionBackward::write_query(p_, g_, s, head_kv, sums);
+    write_query(p_, g_, s, head_kv, sums);
   }
 
   const PromptAttention& p_;
