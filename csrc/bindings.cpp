@@ -2,8 +2,8 @@
 // The C++ kernels as PyTorch operations `fastprompt_cpp::*`, on the stable ABI: pointers and strides in, nothing else.
 //
 // Shapes, dtypes, devices and indices are checked and outputs allocated by fastprompt/ops; these operations are its
-// private way down. `isa` is a level of isa.h. What indexes memory is checked here, too: while torch.compile traces, there
-// are no values to look at.
+// private way down. `isa` is a level of isa.h. What indexes memory is checked here, too: while torch.compile traces,
+// there are no values to look at.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -216,7 +216,8 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
       "prompt_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor prompt_key, Tensor prompt_value, Tensor? prompt_index, Tensor? attn_mask, Tensor? cu_seqlens, "
       "int max_seqlen, Tensor out, Tensor lse, bool is_causal, float scale, int isa, Tensor(a!)? query_grad, "
-      "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) -> ()");
+      "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) "
+      "-> ()");
   m.def(
       "compress_kv(Tensor key, Tensor value, Tensor index, Tensor? valid, int merge, bool merge_keys, int isa, "
       "Tensor(a!) kept_key, Tensor(b!) kept_value) -> ()");

@@ -194,6 +194,19 @@ def test_a_sample_does_not_depend_on_its_batch(isa):  # noqa: F811
             assert all(torch.equal(a[1:2], b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_parts_of_a_query_gradient_are_of_some_samples_at_a_time(dtype):
+    """Two ranges of keys leave 8 MiB a sample, of which 64 MiB are held; the samples' order is that of their prompts."""
+    index = torch.tensor([1, 0] * 5)
+    inputs = make(dtype, 10, 8, 8, 2048, 1025, prompts=2, dim=64, bank=2)
+    grads = grads_of(inputs)
+    whole = run(inputs, *grads, impl="cpp", prompt_index=index)
+    for i in (9, 8):  # the first and the last batch
+        one = [*(x[i : i + 1] for x in inputs[:3]), *inputs[3:]]
+        alone = run(one, *(x[i : i + 1] for x in grads), impl="cpp", prompt_index=index[i : i + 1])
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole.grads[:3], alone.grads[:3], strict=True))
+
+
 @pytest.mark.parametrize(("axis", "step"), [(0, 2**31 + 64), (1, 2**31 + 64), (2, 2**31 + 64)])
 def test_elements_past_two_to_the_31(axis, step):
     """The last sample, head or row begins more than 2^31 elements after the first; untouched memory costs nothing."""
