@@ -4,7 +4,7 @@
 import pytest
 import torch
 from attention_cases import LAYOUTS, PROMPTS_ONLY, check, compiled_equals_eager, grads_of, leaves, make, run
-from cpp_cases import isa, needs_cpp  # noqa: F401
+from cpp_cases import LEVELS, isa, needs_cpp  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ import fastprompt
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.cpp import extension
+from fastprompt.ops.cpp import prompt_attention as launcher
 
 pytestmark = needs_cpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -196,7 +197,7 @@ def test_a_sample_does_not_depend_on_its_batch(isa):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_parts_of_a_query_gradient_are_of_some_samples_at_a_time(dtype):
-    """Two ranges of keys leave 8 MiB a sample, of which 64 MiB are held; the samples' order is that of their prompts."""
+    """Two ranges of keys leave 8 MiB a sample, of which 64 MiB are held; samples are in the order of their prompts."""
     index = torch.tensor([1, 0] * 5)
     inputs = make(dtype, 10, 8, 8, 2048, 1025, prompts=2, dim=64, bank=2)
     grads = grads_of(inputs)
@@ -268,6 +269,22 @@ def test_auto_takes_what_was_measured_to_win(monkeypatch):
         assert level in str(choice) or "float64" in str(choice)
 
 
-def test_a_level_by_name():
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_by_name(level, monkeypatch):
+    """Gives the bits that the processor of that level gives."""
+    inputs = make(torch.float32, 1, 2, 1, 20, 37, dim=40, bank=1)
+    got = launcher.forward(*inputs, None, None, False, 0.2, isa=level)
+    monkeypatch.setattr(extension, "best_isa", lambda: level)
+    assert all(map(torch.equal, got, prompt_attention(*inputs, scale=0.2, return_lse=True, impl="cpp")))
+
+
+def test_levels_that_are_not_there(monkeypatch):
     with pytest.raises(ValueError, match="isa: got 'avx', expected one of 'scalar', 'avx2', 'avx512', 'amx'"):
         extension.isa_number("avx")
+    query, lse, scores = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)
+    for level in (-1, len(LEVELS)):
+        with pytest.raises(RuntimeError, match=f"this processor has no level {level}"):
+            extension.operations().key_scores(query, query, lse, None, None, True, 0, 0.5, False, 0, level, scores)
+    monkeypatch.setattr(extension, "best_isa", lambda: "avx2")
+    with pytest.raises(ValueError, match="isa: got 'amx', but the best of this processor is 'avx2'"):
+        extension.isa_number("amx")
