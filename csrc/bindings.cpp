@@ -207,6 +207,13 @@ void key_scores(const Tensor query, const Tensor key, const Tensor lse, MaybeTen
 
 }  // namespace
 
+// Torch's macros count with __COUNTER__, of which Clang 22 warns.
+#ifdef __clang__
+#if __has_warning("-Wc2y-extensions")
+#pragma clang diagnostic ignored "-Wc2y-extensions"
+#endif
+#endif
+
 STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
   m.def(
       "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
