@@ -45,6 +45,8 @@ gpu-test:
 SANITIZED := build/sanitized
 SANITIZE  := -fsanitize=address,undefined -fno-sanitize-recover=all
 CXX_TESTS := $(wildcard tests/test_*_cpp.py) tests/test_cpp_threads.py
+# The libraries of the compiler that setup.py takes: GCC's names.
+COMPILER := import os, sysconfig; print(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 
 asan: $(VENV)/.dev
 	$(MAKE) -C csrc asan
@@ -52,8 +54,8 @@ asan: $(VENV)/.dev
 	cp -r csrc kernels fastprompt tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/fastprompt/_C.* && ln -sfn ../kernels/triton $(SANITIZED)/fastprompt/kernels
 	cd $(SANITIZED) && CFLAGS="-O1 $(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(SANITIZED) && test -f fastprompt/_C.abi3.so && \
-	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	cd $(SANITIZED) && test -f fastprompt/_C.abi3.so && cxx=$$($(abspath $(BIN))/python -c '$(COMPILER)') && \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so)" \
 	PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q --timeout=1200 $(CXX_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

@@ -84,9 +84,10 @@ class Build(build_ext):
             except Exception as error:  # the compiler's own message is on the terminal
                 reason = f"the build failed ({type(error).__name__}); see it with `python setup.py build_ext --inplace`"
                 self.inplace = inplace
+        place = REPORT.parent if self.inplace else Path(self.build_lib) / "fastprompt"
         if reason is not None:
             self.extensions.clear()
-            for stale in REPORT.parent.glob("_C.*.so"):
+            for stale in place.glob("_C.*.so"):
                 stale.unlink()
         found = {"built": reason is None, "python": platform.python_version()}
         if reason is None:
@@ -96,9 +97,8 @@ class Build(build_ext):
         else:
             found |= {"reason": reason}
             print(f"fastprompt: pure Python, without the C++ kernels: {reason}", file=sys.stderr)
-        report = REPORT if self.inplace else Path(self.build_lib) / "fastprompt" / REPORT.name
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(found, indent=1) + "\n")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / REPORT.name).write_text(json.dumps(found, indent=1) + "\n")
 
     def get_outputs(self) -> list[str]:
         """The report is installed with the extension."""

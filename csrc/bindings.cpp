@@ -2,7 +2,8 @@
 // The C++ kernels as PyTorch operations `fastprompt_cpp::*`, on the stable ABI: pointers and strides in, nothing else.
 //
 // Shapes, dtypes, devices and indices are checked and outputs allocated by fastprompt/ops; these operations are its
-// private way down. `isa` is a level of isa.h, -1 for the best of this processor.
+// private way down. `isa` is a level of isa.h. What indexes memory is checked here, too: while torch.compile traces,
+// there are no values to look at.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -51,9 +52,8 @@ DType dtype_of(const Tensor& x) {
 
 // The level to run at; one that this processor lacks is an error and never a fault.
 Isa level(int64_t isa) {
-  if (isa < 0) return fastprompt::best_isa();
-  STD_TORCH_CHECK(isa <= static_cast<int64_t>(fastprompt::best_isa()), "fastprompt_cpp: this processor has no level ",
-                  isa);
+  STD_TORCH_CHECK(isa >= 0 && isa <= static_cast<int64_t>(fastprompt::best_isa()),
+                  "fastprompt_cpp: this processor has no level ", isa);
   return static_cast<Isa>(isa);
 }
 
@@ -79,6 +79,21 @@ Mask mask_of(const MaybeTensor& x) {
   return {x->data_ptr(), dtype_of(*x), x->stride(0), x->stride(1), x->stride(2), x->stride(3)};
 }
 
+// Prompts that a sample may read, and sequences that cover the `rows` there are.
+void check_indices(const PromptAttention& p, int64_t rows) {
+  for (int64_t s = 0; s < p.samples; ++s) {
+    STD_TORCH_CHECK(p.prompt_of(s) >= 0 && p.prompt_of(s) < p.bank, "prompt_index: got ", p.prompt_of(s), " at [", s,
+                    "], expected [0, ", p.bank - 1, "] (bank of ", p.bank, ")");
+  }
+  if (!p.cu_seqlens) return;
+  STD_TORCH_CHECK(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.samples] == rows, "cu_seqlens: got ", p.cu_seqlens[0],
+                  " first and ", p.cu_seqlens[p.samples], " last, expected 0 and ", rows, " (the rows of query)");
+  for (int64_t s = 0; s < p.samples; ++s) {
+    STD_TORCH_CHECK(p.queries_of(s) > 0 && p.queries_of(s) <= p.tq, "cu_seqlens: got a sequence of ", p.queries_of(s),
+                    " rows at [", s, "], expected 1 to ", p.tq, " (max_seqlen)");
+  }
+}
+
 PromptAttention problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prompt_key,
                         const Tensor& prompt_value, const MaybeTensor& prompt_index, const MaybeTensor& attn_mask,
                         const MaybeTensor& cu_seqlens, int64_t max_seqlen, bool is_causal, double scale) {
@@ -94,6 +109,7 @@ PromptAttention problem(const Tensor& query, const Tensor& key, const Tensor& va
   p.prompt_key = rows(prompt_key), p.prompt_value = rows(prompt_value);
   p.mask = mask_of(attn_mask);
   p.causal = is_causal, p.scale = static_cast<float>(scale);
+  check_indices(p, query.size(0));
   return p;
 }
 
@@ -239,6 +255,13 @@ void key_scores(const Tensor query, const Tensor key, const Tensor lse, MaybeTen
 
 }  // namespace
 
+// Torch's macros count with __COUNTER__, of which Clang 22 warns.
+#ifdef __clang__
+#if __has_warning("-Wc2y-extensions")
+#pragma clang diagnostic ignored "-Wc2y-extensions"
+#endif
+#endif
+
 STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
   m.def(
       "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
@@ -248,7 +271,8 @@ STABLE_TORCH_LIBRARY(fastprompt_cpp, m) {
       "prompt_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor prompt_key, Tensor prompt_value, Tensor? prompt_index, Tensor? attn_mask, Tensor? cu_seqlens, "
       "int max_seqlen, Tensor out, Tensor lse, bool is_causal, float scale, int isa, Tensor(a!)? query_grad, "
-      "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) -> ()");
+      "Tensor(b!)? key_grad, Tensor(c!)? value_grad, Tensor(d!)? prompt_key_grad, Tensor(e!)? prompt_value_grad) "
+      "-> ()");
   m.def(
       "compress_kv(Tensor key, Tensor value, Tensor index, Tensor? valid, int merge, bool merge_keys, int isa, "
       "Tensor(a!) kept_key, Tensor(b!) kept_value) -> ()");

@@ -71,6 +71,14 @@ def test_blocks_take_one_call(monkeypatch):
         calls.clear()
 
 
+def test_many_queries_over_blocks_go_from_head_to_head(monkeypatch):
+    """The kernel for a few rows would keep a partial result of each for every range of keys."""
+    key, value = (torch.randn(81, 1, 16) for _ in range(2))
+    monkeypatch.setattr(decode_blocks, "forward", None)
+    out, _ = Blocks(key, value, [[3, 60], [17, 1]]).attend(torch.randn(2, 4, decode_blocks.MOST_ROWS // 2 + 1, 16))
+    assert out.shape == (2, 4, 9, 16)
+
+
 def test_a_compressed_cache_decodes_on_the_kernel_and_a_whole_one_as_the_model_does(monkeypatch):
     model, seen = build("Llama"), []
     decode = attention._decode

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from attention_cases import LAYOUTS, PROMPTS_ONLY, check, compiled_equals_eager, grads_of, leaves, make, run
-from cpp_cases import isa, needs_cpp  # noqa: F401
+from cpp_cases import LEVELS, isa, needs_cpp  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ import fastprompt
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.cpp import extension
+from fastprompt.ops.cpp import prompt_attention as launcher
 
 pytestmark = needs_cpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -194,6 +195,19 @@ def test_a_sample_does_not_depend_on_its_batch(isa):  # noqa: F811
             assert all(torch.equal(a[1:2], b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_parts_of_a_query_gradient_are_of_some_samples_at_a_time(dtype):
+    """Two ranges of keys leave 8 MiB a sample, of which 64 MiB are held; samples are in the order of their prompts."""
+    index = torch.tensor([1, 0] * 5)
+    inputs = make(dtype, 10, 8, 8, 2048, 1025, prompts=2, dim=64, bank=2)
+    grads = grads_of(inputs)
+    whole = run(inputs, *grads, impl="cpp", prompt_index=index)
+    for i in (9, 8):  # the first and the last batch
+        one = [*(x[i : i + 1] for x in inputs[:3]), *inputs[3:]]
+        alone = run(one, *(x[i : i + 1] for x in grads), impl="cpp", prompt_index=index[i : i + 1])
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole.grads[:3], alone.grads[:3], strict=True))
+
+
 @pytest.mark.parametrize(("axis", "step"), [(0, 2**31 + 64), (1, 2**31 + 64), (2, 2**31 + 64)])
 def test_elements_past_two_to_the_31(axis, step):
     """The last sample, head or row begins more than 2^31 elements after the first; untouched memory costs nothing."""
@@ -216,6 +230,18 @@ def test_custom_op_contract():
 def test_compiles_without_graph_breaks():
     inputs = [leaves(make(torch.float32, tq=t, tk=3)) for t in (3, 4)]
     compiled_equals_eager(lambda *x: prompt_attention(*x, return_lse=True, impl="cpp"), inputs)
+
+
+def test_a_compiled_call_reads_no_prompt_that_is_not_there():
+    """While it traces, an index has no values to check; the kernels look at them."""
+    inputs = make(torch.float32, bank=3)
+    call = torch.compile(
+        lambda i: prompt_attention(*inputs, prompt_index=i, impl="cpp"), backend="eager", fullgraph=True
+    )
+    assert torch.equal(call(torch.tensor([2, 0])), prompt_attention(*inputs, prompt_index=torch.tensor([2, 0])))
+    for wrong in (3, -1, 2**40):
+        with pytest.raises(RuntimeError, match=rf"prompt_index: got {wrong} at \[1\], expected \[0, 2\]"):
+            call(torch.tensor([0, wrong]))
 
 
 def test_autocast():
@@ -243,6 +269,22 @@ def test_auto_takes_what_was_measured_to_win(monkeypatch):
         assert level in str(choice) or "float64" in str(choice)
 
 
-def test_a_level_by_name():
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_by_name(level, monkeypatch):
+    """Gives the bits that the processor of that level gives."""
+    inputs = make(torch.float32, 1, 2, 1, 20, 37, dim=40, bank=1)
+    got = launcher.forward(*inputs, None, None, False, 0.2, isa=level)
+    monkeypatch.setattr(extension, "best_isa", lambda: level)
+    assert all(map(torch.equal, got, prompt_attention(*inputs, scale=0.2, return_lse=True, impl="cpp")))
+
+
+def test_levels_that_are_not_there(monkeypatch):
     with pytest.raises(ValueError, match="isa: got 'avx', expected one of 'scalar', 'avx2', 'avx512', 'amx'"):
         extension.isa_number("avx")
+    query, lse, scores = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)
+    for level in (-1, len(LEVELS)):
+        with pytest.raises(RuntimeError, match=f"this processor has no level {level}"):
+            extension.operations().key_scores(query, query, lse, None, None, True, 0, 0.5, False, 0, level, scores)
+    monkeypatch.setattr(extension, "best_isa", lambda: "avx2")
+    with pytest.raises(ValueError, match="isa: got 'amx', but the best of this processor is 'avx2'"):
+        extension.isa_number("amx")

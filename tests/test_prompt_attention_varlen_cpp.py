@@ -91,6 +91,26 @@ def test_custom_op_contract():
     torch.library.opcheck(torch.ops.fastprompt.prompt_attention_varlen.default, arguments)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((0, 2, 9), "got 0 first and 9 last, expected 0 and 5"),
+        ((-1, 2, 5), "got -1 first and 5 last, expected 0 and 5"),
+        ((0, 5, 5), r"got a sequence of 5 rows at \[0\], expected 1 to 3"),
+        ((0, 7, 5), r"got a sequence of 7 rows at \[0\], expected 1 to 3"),
+    ],
+)
+def test_a_compiled_call_reads_no_row_that_is_not_there(bounds, message):
+    """While it traces, bounds have no values to check; the kernels look at them."""
+    inputs = make(torch.float32, (2, 3))
+    call = torch.compile(
+        lambda ends: prompt_attention_varlen(*inputs, ends, max_seqlen=3, impl="cpp"), backend="eager", fullgraph=True
+    )
+    call(ends((2, 3)))
+    with pytest.raises(RuntimeError, match=f"cu_seqlens: {message}"):
+        call(torch.tensor(bounds, dtype=torch.int32))
+
+
 def test_auto_and_names():
     import fastprompt
 

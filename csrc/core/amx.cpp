@@ -28,4 +28,6 @@ void compress_kv(const CompressKv& p, const Rows& key, const Rows& value, const 
 
 }  // namespace fastprompt::amx
 
+#include "level_end.h"
+
 #endif

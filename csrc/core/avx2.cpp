@@ -12,4 +12,6 @@
 #include "key_scores_kernels.h"
 #include "prompt_attention_backward.h"
 #include "prompt_attention_forward.h"
+
+#include "level_end.h"
 #endif

@@ -7,4 +7,6 @@
 #include "decoupled_attention_levels.h"
 
 #include "decoupled_attention_float_backward.h"
+
+#include "level_end.h"
 #endif

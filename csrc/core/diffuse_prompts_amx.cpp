@@ -7,4 +7,6 @@
 #include "diffuse_prompts_levels.h"
 
 #include "diffuse_prompts_amx_backward.h"
+
+#include "level_end.h"
 #endif

@@ -13,7 +13,9 @@ void prompt_attention_forward(const PromptAttention& p, const Rows& out, const R
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::amx:
+#if defined(__linux__)
       if (p.query.dtype == DType::bfloat16) return amx::prompt_attention_forward(p, out, lse, threads);
+#endif
       [[fallthrough]];
     case Isa::avx512: return avx512::prompt_attention_forward(p, out, lse, threads);
     case Isa::avx2: return avx2::prompt_attention_forward(p, out, lse, threads);
@@ -27,7 +29,9 @@ void prompt_attention_backward(const PromptAttention& p, const PromptAttentionGr
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::amx:
+#if defined(__linux__)
       if (p.query.dtype == DType::bfloat16) return amx::prompt_attention_backward(p, grads, threads);
+#endif
       [[fallthrough]];
     case Isa::avx512: return avx512::prompt_attention_backward(p, grads, threads);
     case Isa::avx2: return avx2::prompt_attention_backward(p, grads, threads);

@@ -45,7 +45,8 @@ struct PromptAttention {
   int64_t keys_of(int64_t s) const { return cu_seqlens ? cu_seqlens[s + 1] - cu_seqlens[s] : tk; }
 };
 
-// out [.., dim] in the query's type; lse float32, one element a row (`row` usually 1). A row that sees nothing: 0, -inf.
+// out [.., dim] in the query's type; lse float32, one element a row (`row` usually 1). A row that sees nothing gives 0
+// and -inf.
 void prompt_attention_forward(const PromptAttention& p, const Rows& out, const Rows& lse, Isa isa,
                               const Threads& threads);
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which samples one task takes: they read one prompt. In a backward gradients of a prompt are summed over its samples in a fixed order.
+// Which samples one task takes: they read one prompt. In a backward, gradients of a prompt are summed over its samples
+// in a fixed order.
 //
 // A task adds up the samples of its chunk one after the other; sums of chunks are added in order. Shapes and
 // prompt_index alone decide the chunks. The functions are out of line: none of the library's templates that they need

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // `Vec`: kWidth floats of the level that the including file is compiled for. Kernels are written once, with it.
 //
-// A file of one level defines FASTPROMPT_LEVEL (0 scalar, 1 AVX2+FMA, 2 AVX-512, 3 AMX) and, for what follows its system
-// headers, the target (level.h does both). Everything here lives in that level's namespace: the same inline function
-// compiled for two instruction sets must never become one.
+// A file of one level defines FASTPROMPT_LEVEL (0 scalar, 1 AVX2+FMA, 2 AVX-512, 3 AMX) and, for what follows its
+// system headers, the target (level.h does both). Everything here lives in that level's namespace: the same inline
+// function compiled for two instruction sets must never become one.
 #pragma once
 
 #include "types.h"

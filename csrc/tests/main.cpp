@@ -10,8 +10,10 @@ int main(int argc, char** argv) {
   const bool small = argc > 1 && !std::strcmp(argv[1], "small");
   std::printf("best level: %s\n", isa_name(best_isa()));
   tests::vec_scalar();
+#if defined(__x86_64__)
   if (best_isa() >= Isa::avx2) tests::vec_avx2();
   if (best_isa() >= Isa::avx512) tests::vec_avx512();
+#endif
   tests::parallel();
   tests::prompt_attention(small);
   tests::compress_kv(small);

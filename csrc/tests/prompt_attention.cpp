@@ -181,8 +181,11 @@ void check_key_scores(DType dtype, Isa isa) {
 
 void prompt_attention(bool small) {
   const std::vector<Case> cases = {
-      {2, 4, 2, 19, 23, 5, 20, false, false}, {1, 2, 1, 33, 40, 3, 16, true, true}, {1, 4, 2, 1, 70, 2, 24, false, true},
-      {2, 2, 2, 5, 0, 3, 7, false, false},    {1, 2, 2, 65, 90, 0, 64, true, false},
+      {2, 4, 2, 19, 23, 5, 20, false, false},
+      {1, 2, 1, 33, 40, 3, 16, true, true},
+      {1, 4, 2, 1, 70, 2, 24, false, true},
+      {2, 2, 2, 5, 0, 3, 7, false, false},
+      {1, 2, 2, 65, 90, 0, 64, true, false},
   };
   for (const Isa isa : levels()) {
     for (const DType dtype : {DType::float32, DType::bfloat16}) {

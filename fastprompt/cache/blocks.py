@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import prompt_attention
-from fastprompt.ops.dispatch import backend, choose
+from fastprompt.ops.cpp.decode_blocks import MOST_ROWS
+from fastprompt.ops.dispatch import backend, calls_cpp
 
 #: Keys of a block on an accelerator.
 BLOCK = 64
@@ -79,9 +80,9 @@ class Blocks:
 
     def _in_one_call(self, query: Tensor) -> bool:
         """Whether the C++ kernel goes over the heads, which may have any number of keys."""
-        if self._tables is not None or query.requires_grad or query.dtype != self.key.dtype:
-            return False
-        return choose("prompt_attention", (query,)).impl == "cpp"
+        rows = query.shape[1] // len(self.counts[0]) * query.shape[2]
+        few = self._tables is None and rows <= MOST_ROWS
+        return few and calls_cpp("prompt_attention", query, self.key, self.value)
 
     def _last_keys(self) -> Tensor:
         """Where the keys of every head end, from a 0 on."""

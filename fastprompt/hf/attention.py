@@ -16,7 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from fastprompt.cache import Blocks
 from fastprompt.errors import UnsupportedModelError
 from fastprompt.ops import merge_states, prompt_attention
-from fastprompt.ops.dispatch import backend, choose
+from fastprompt.ops.dispatch import backend, calls_cpp
 
 #: The registered name; without "sdpa", "flash" or "/", which transformers gives a meaning.
 NAME = "fastprompt"
@@ -119,7 +119,7 @@ def attention(
     split = getattr(child, "split", None)
     wanted, blocks = (0, None) if layer is None else (layer.wanted, layer.blocks)
     if prompt is None and split is None and wanted is not None and blocks is None:
-        if layer is not None and layer.compressed and _decodes(query, key):
+        if layer is not None and layer.compressed and _decodes(query, key, value):
             step, level = _decode(query, key, value, attention_mask, scaling)
             layer.attended(query, level, scaling)
             return step.transpose(1, 2), None
@@ -152,13 +152,10 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _decodes(query: Tensor, key: Tensor) -> bool:
+def _decodes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this is a step of generation that the C++ kernels were made for: they read grouped keys once."""
-    if query.shape[2] != 1 or query.device.type != "cpu" or query.dtype != key.dtype:
-        return False
-    if (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)) or torch.compiler.is_compiling():
-        return False
-    return choose("prompt_attention", (query,)).impl == "cpp"
+    one_row = query.shape[2] == 1 and value.shape == key.shape
+    return one_row and calls_cpp("prompt_attention", query, key, value)
 
 
 def _decode(

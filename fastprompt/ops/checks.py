@@ -27,16 +27,18 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_device(**tensors: Tensor | None) -> None:
     """All tensors (or None), on one device."""
+    first, where = "", None
     for name, x in tensors.items():
-        if x is not None and not isinstance(x, Tensor):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
-    first = next(iter(devices))
-    for name, device in devices.items():
-        if device != devices[first]:
+        if where is None:
+            first, where = name, x.device
+        elif x.device != where:
             raise ValueError(
-                f"{name}: got device {device}, expected {devices[first]} (the device of {first}); "
-                f"move it with {name}.to({str(devices[first])!r})"
+                f"{name}: got device {x.device}, expected {where} (the device of {first}); "
+                f"move it with {name}.to({str(where)!r})"
             )
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastprompt import config
 from fastprompt.errors import ImplUnavailableError
@@ -77,38 +78,40 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
         return []
     device = tensors[0].device.type
     if impl == "cpu":
-        return [] if device == "cpu" else [f"composed of PyTorch's CPU kernels; the tensors are on {device}"]
-    if impl == "triton" and op in TRITON_OPS:
-        return _reasons_against_triton(tensors, by_name) + _reasons_of_size(op, tensors)
-    if impl == "cpp" and op in CPP_OPS:
-        return _reasons_against_cpp(op, tensors, by_name)
-    return [f"no {impl} kernel for {op} in this build"]
+        found = [] if device == "cpu" else [f"composed of PyTorch's CPU kernels; the tensors are on {device}"]
+    elif impl == "triton" and op in TRITON_OPS:
+        found = _reasons_against_triton(tensors[0], device, by_name) + _reasons_of_size(op, tensors)
+    elif impl == "cpp" and op in CPP_OPS:
+        found = (
+            wins.reasons_against(op, tensors, by_name)
+            if device == "cpu"
+            else [f"the tensors are on {device}, not on the CPU"]
+        )
+    else:
+        return [f"no {impl} kernel for {op} in this build"]
+    # Operations that register a backward alone drop tangents: a derivative would be zero, silently.
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        found.append("torch.func or forward-mode differentiation is running, for which kernels have no rule")
+    return found
 
 
-def _reasons_against_triton(tensors: Sequence[Tensor], by_name: bool) -> list[str]:
+def _reasons_against_triton(query: Tensor, device: str, by_name: bool) -> list[str]:
     reasons = []
     if not HAS_TRITON:
         reasons.append("triton is not installed (pip install 'fastprompt[gpu]')")
-    query = tensors[0]
-    if query.device.type == "cuda":
+    if device == "cuda":
         # ROCm has no compute capability to compare.
         if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
             reasons.append("the GPU's compute capability is below 8.0")
-    elif query.device.type != "cpu":
-        reasons.append(f"the tensors are on {query.device.type}, not on a CUDA device")
+    elif device != "cpu":
+        reasons.append(f"the tensors are on {device}, not on a CUDA device")
+    elif not by_name:
+        reasons.append("the tensors are on the CPU, where Triton is interpreted: for tests, and only by name")
     elif not interpreting():
         reasons.append("the tensors are on the CPU (set TRITON_INTERPRET=1 before Python starts to interpret there)")
-    elif not by_name:
-        reasons.append("Triton's interpreter is for tests and runs only where it is asked for by name")
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {query.dtype} is not float16, bfloat16 or float32")
     return reasons
-
-
-def _reasons_against_cpp(op: str, tensors: Sequence[Tensor], by_name: bool) -> list[str]:
-    if tensors[0].device.type != "cpu":
-        return [f"the tensors are on {tensors[0].device.type}, not on the CPU"]
-    return wins.reasons_against(op, tensors, by_name)
 
 
 def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
@@ -118,8 +121,10 @@ def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
     if op == "summarize_tokens":
         width = tensors[0].shape[-1]
         return [f"width {width} is more than {MOST_COLUMNS}"] if width > MOST_COLUMNS else []
-    size, sizes = tensors[0].shape[-1], sorted((*HEAD_SIZES, *MORE_HEAD_SIZES.get(op, ())))
-    return [] if size in sizes else [f"head size {size} is not one of {', '.join(map(str, sizes))}"]
+    size, more = tensors[0].shape[-1], MORE_HEAD_SIZES.get(op, ())
+    if size in HEAD_SIZES or size in more:
+        return []
+    return [f"head size {size} is not one of {', '.join(map(str, sorted((*HEAD_SIZES, *more))))}"]
 
 
 def interpreting() -> bool:
@@ -156,6 +161,18 @@ def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: boo
             return Choice(op, name, why, refused)
         refused[name] = reasons
     return Choice(op, "reference", "plain PyTorch runs everywhere", refused)
+
+
+def calls_cpp(op: str, *tensors: Tensor) -> bool:
+    """Whether the C++ launcher of `op` may be called by itself, without the operation's checks and gradient, which cost
+    more than a step of generation over a short cache.
+    """
+    query = tensors[0]
+    if not query.is_cpu or any(x.dtype != query.dtype for x in tensors) or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return choose(op, tensors).impl == "cpp"
 
 
 @lru_cache

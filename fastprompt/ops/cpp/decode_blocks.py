@@ -8,6 +8,10 @@ from torch import Tensor, float32
 from fastprompt.ops.cpp.extension import isa_number, operations
 from fastprompt.ops.layouts import dense_rows
 
+#: Query rows of a key head up to which it is the fast path, as `suits_decode` in ``csrc/core/decode.cpp`` has it: more
+#: would keep a partial result each for every 512 keys.
+MOST_ROWS = 16
+
 
 def forward(
     query: Tensor,

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprompt.ops.cpp.extension import isa_number, operations
-from fastprompt.ops.layouts import dense_rows
+from fastprompt.ops.cpp import attention
 
 
 def forward(
@@ -26,11 +25,9 @@ def forward(
     """Output ``[T,Hq,D]`` and lse ``[T,Hq]``; ``isa`` forces a level of the kernels, for tests."""
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    tensors = map(dense_rows, (query, key, value, prompt_key, prompt_value))
-    index = None if prompt_index is None else prompt_index.contiguous()
-    packed = (index, None, cu_seqlens.contiguous(), max_seqlen)
-    operations().prompt_attention(*tensors, *packed, is_causal, scale, isa_number(isa), out, lse)
-    return out, lse
+    inputs = (query, key, value, prompt_key, prompt_value)
+    where = attention.places(prompt_index, None, cu_seqlens, max_seqlen)
+    return attention.forward(inputs, where, is_causal, scale, isa, out, lse)
 
 
 def backward(
@@ -53,12 +50,5 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the inputs flagged in ``needs`` (query, key, value, prompt_key, prompt_value), in that order."""
     inputs = (query, key, value, prompt_key, prompt_value)
-    grads = [torch.empty_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
-    written = [None if g is None else dense_rows(g) for g in grads]
-    operations().prompt_attention_backward(
-        dense_rows(grad_out), grad_lse, *map(dense_rows, inputs),
-        None if prompt_index is None else prompt_index.contiguous(), None, cu_seqlens.contiguous(), max_seqlen,
-        dense_rows(out), lse, is_causal, scale, isa_number(isa), *written,
-    )  # fmt: skip
-    # An input whose rows are not dense has a gradient like it.
-    return [g if g is w else g.copy_(w) for g, w in zip(grads, written, strict=True) if g is not None and w is not None]
+    where = attention.places(prompt_index, None, cu_seqlens, max_seqlen)
+    return attention.backward(grad_out, grad_lse, inputs, where, out, lse, is_causal, scale, needs, isa)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastprompt.ops.cpp.extension import ISAS, best_isa, missing
+from fastprompt.ops.cpp import extension
+from fastprompt.ops.cpp.extension import ISAS, missing
 
 #: The least level, for an operation and a dtype, at which C++ was measured to be faster than the composition of
 #: PyTorch's kernels that `auto` would take otherwise.
@@ -33,7 +34,7 @@ MOST_DIM = 256
 def why(op: str, tensors: Sequence[Tensor]) -> str:
     """Why ``auto`` takes the C++ kernels, where nothing is against them."""
     dtype = str(tensors[0].dtype).removeprefix("torch.")
-    return f"measured to win in {dtype} from {LEAST_ISA[op][dtype]} on; this processor has {best_isa()}"
+    return f"measured to win in {dtype} from {LEAST_ISA[op][dtype]} on; this processor has {extension.best_isa()}"
 
 
 def reasons_against(op: str, tensors: Sequence[Tensor], by_name: bool) -> list[str]:
@@ -46,8 +47,8 @@ def reasons_against(op: str, tensors: Sequence[Tensor], by_name: bool) -> list[s
         reasons.append(f"dtype {dtype} is not float16, bfloat16 or float32")
     elif not by_name and least is None:
         reasons.append(f"in {dtype} it was not measured to win")
-    elif not by_name and least is not None and ISAS.index(best_isa()) < ISAS.index(least):
-        reasons.append(f"in {dtype} it was measured to win from {least} on; this processor has {best_isa()}")
+    elif not by_name and least is not None and ISAS.index(extension.best_isa()) < ISAS.index(least):
+        reasons.append(f"in {dtype} it was measured to win from {least} on; this processor has {extension.best_isa()}")
     if op != "diffuse_prompts" and tensors[0].shape[-1] > MOST_DIM:
         reasons.append(f"head size {tensors[0].shape[-1]} is more than {MOST_DIM}")
     return reasons
