@@ -2,6 +2,7 @@
 """Benchmark cases of cache compression, tiny."""
 
 import pytest
+import torch
 from bench_cases import TINY, agreed
 
 from bench.cases import key_scores
@@ -36,3 +37,11 @@ def test_kvpress_is_asked_for_where_it_is_not_installed():
     compared, reasons = agreed(case)
     assert "plain" in compared and compared | set(reasons) == set(case.providers)
     assert all("kvpress is not installed" in why_not for why_not in reasons.values())
+
+
+def test_lookm_as_published_is_what_compress_kv_computes():
+    """On inputs without near ties."""
+    providers = build("compress_kv", "cpu", TINY["compress_kv"] | {"dtype": "float32"}).providers
+    for got, want in zip(providers["published"].build()(), providers["fastprompt/reference"].build()(), strict=True):
+        torch.testing.assert_close(got, want)
+    assert build("compress_kv", "cpu", TINY["compress_kv"] | {"merge": "average"}).providers["published"].why_not
