@@ -36,6 +36,7 @@ SHOWN = (
     Shown("key_scores", {"dtype": "bfloat16"}, "{tokens:,} tokens, {heads} heads on {heads_kv}, causal"),
     Shown("compress_kv", {"dtype": "bfloat16"}, "{tokens:,} tokens, {heads_kv} heads, {keep:.0%} stay, {merge}"),
     Shown("decode_attention", {"dtype": "bfloat16"}, "one token over {tokens:,}, {heads} heads on {heads_kv}"),
+    Shown("prompt_bank", FORWARD, "{tenants} tenants, {batch} samples, {tokens} tokens, {prompts} prompts"),
     Shown("vpt_step", {}, "{model}, batch {batch}, {prompts} prompts a layer"),
     Shown("apt_step", {}, "{model}, batch {batch}, {prompts} prompts a layer"),
     Shown("prefix_step", {"dtype": "bfloat16", "checkpointing": 0}, "{batch} x {tokens} tokens, {prompts} prompts"),

@@ -90,7 +90,7 @@ class DeviceClock:
     not count, and then overwrites its L2 cache, so that a step does not find what the one before left there.
     """
 
-    LONGEST_NAP = 1 << 29
+    LONGEST_NAP = 1 << 31  # a second, enough for many layers of a model
 
     def __init__(self):
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")

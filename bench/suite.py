@@ -46,26 +46,41 @@ def plan(device: str) -> Iterator[Runs]:
     gpu = device == "cuda"
     dtypes, modes = "dtype=bfloat16,float32" + ",float16" * gpu, "mode=forward,forward+backward"
     yield Runs("prompt_attention", 15, ["prompts=10,50,100,200", dtypes, modes])
-    yield Runs("prompt_attention_varlen", 15, [dtypes, modes])
+    if gpu:  # ViT-L/14, and a sequence whose prompt is a small part
+        large = ["batch=64", "heads=16", "tokens=257", "prompts=10,50,200"]
+        yield Runs("prompt_attention", 15, [*large, "dtype=bfloat16", "mode=forward+backward"])
+        yield Runs("prompt_attention", 9, ["batch=8", "tokens=4096", "prompts=50", "dtype=bfloat16", modes])
+    yield Runs("prompt_attention_varlen", 15, [*["classes=100,1000"] * gpu, dtypes, modes])
     yield Runs("diffuse_prompts", 15, ["prompts=100,200", dtypes, modes])
     yield Runs("decoupled_attention", 15, ["shape=sd15,sdxl", dtypes, modes])
     yield Runs("summarize_tokens", 15, [dtypes, modes])
     yield Runs("key_scores", 5, ["tokens=1024,4096,8192,16384"])
     yield Runs("compress_kv", 5, [dtypes])
+    if gpu:
+        yield Runs("key_scores", 5, ["tokens=8192,32768", "heads=28", "heads_kv=4", "dim=128"])
+        yield Runs("compress_kv", 5, ["tokens=8192,32768", "heads_kv=4", "dim=128", "dtype=bfloat16"])
     yield Runs("decode_attention", 15, ["tokens=1024,8192,32768", dtypes])
+    yield Runs("prompt_bank", 15, ["dtype=bfloat16", modes])
     if not gpu:
         yield Runs("cpu_candidates", 15, ["prompts=10,100", dtypes])
-    yield Runs("vpt_step", 9, [])
-    yield Runs("apt_step", 9, ["model=DINOv2-S,ViT-B"])
+    yield Runs("vpt_step", 9, ["model=ViT-B,ViT-L", "prompts=10,50,100"] if gpu else [])
+    yield Runs("apt_step", 9, ["model=ViT-B", "prompts=10,50,100"] if gpu else ["model=DINOv2-S,ViT-B"])
     yield Runs("prefix_step", 9, [dtypes, "checkpointing=0,1"])
     yield Runs("coop_text", 5, ["classes=10,100,1000", "dtype=float32,bfloat16"])
     yield Runs("cocoop_step", 3, ["batch=8", "tower=0,1"])
     yield Runs("cocoop_step", 1, ["batch=32"])
+    if gpu:
+        yield Runs("cocoop_step", 1, ["batch=8", "classes=1000"])
     yield Runs("maple_step", 5, [])
     yield Runs("multilane", 5, ["tasks=1,4,10"])
-    yield Runs("ipadapter", 3, [])
+    yield Runs("ipadapter", 3, ["shape=sd15,sdxl"] if gpu else [])
     yield Runs("prefill_compress", 5, [])
     yield Runs("decode", 5, [])
+    if gpu:
+        qwen = "model=Qwen2.5-VL-7B"
+        yield Runs("prefill_compress", 3, [qwen, "tokens=8192,32768,65536"])
+        yield Runs("decode", 3, [qwen, "clock=host,device", "tokens=8192,32768,65536"])
+        yield Runs("decode", 3, [qwen, "clock=host,device", "tokens=32768", "batch=8"])
 
 
 #: The tests that run Triton kernels where there is a GPU.

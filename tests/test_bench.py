@@ -25,6 +25,7 @@ OPERATIONS = (
     "decoupled_attention",
     "prompt_attention",
     "prompt_attention_varlen",
+    "prompt_bank",
     "summarize_tokens",
 )
 

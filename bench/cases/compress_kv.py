@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`compress_kv` as LOOK-M compresses a cache: a fifth of the keys stays, the rest merges into them.
 
-Providers: `published` (LOOK-M's code: the matrix of similarities, and a scattered mean), the reference, plain PyTorch that
-never holds that matrix, and fastprompt. Which survivor is most similar is a matter of rounding where two nearly are; the
-tests compare the choices. Counted are the search's products, keys and values read once and what stays of them written.
+Providers: `published` (LOOK-M's code: the matrix of similarities, and a scattered mean), the reference, plain PyTorch
+that never holds that matrix, and fastprompt. Which survivor is most similar is a matter of rounding where two nearly
+are; the tests compare the choices. Counted are the search's products, keys and values read once, what stays written.
 """
 
 from __future__ import annotations
