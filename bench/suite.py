@@ -49,7 +49,7 @@ def plan(device: str) -> Iterator[Runs]:
     if gpu:  # ViT-L/14, and a sequence whose prompt is a small part
         large = ["batch=64", "heads=16", "tokens=257", "prompts=10,50,200"]
         yield Runs("prompt_attention", 15, [*large, "dtype=bfloat16", "mode=forward+backward"])
-        yield Runs("prompt_attention", 9, ["batch=8", "tokens=4096", "prompts=50", "dtype=bfloat16", modes])
+        yield Runs("prompt_attention", 9, ["batch=4", "tokens=4096", "prompts=50", "dtype=bfloat16", modes])
     yield Runs("prompt_attention_varlen", 15, [*["classes=100,1000"] * gpu, dtypes, modes])
     yield Runs("diffuse_prompts", 15, ["prompts=100,200", dtypes, modes])
     yield Runs("decoupled_attention", 15, ["shape=sd15,sdxl", dtypes, modes])

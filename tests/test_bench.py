@@ -5,11 +5,13 @@ import json
 import math
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from bench_cases import TINY, agreed
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import compare, gpu_report, plot, report, roofline, rows, run, tables
@@ -55,7 +57,28 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
     if name == "prompt_attention":
         assert {"concat/efficient", "concat/cudnn", "xformers"} <= set(reasons)
         assert ("flex/packed" in reasons) == (mode != "forward")
-        assert {"same_keys", "concat/flash", "expand/math"} <= compared
+        assert {"same_keys", "concat/flash", "expand/math", "compiled"} <= compared
+    if name == "prompt_attention_varlen":
+        assert {"concat/flash", "concat/math", "trimmed/flash", "compiled"} <= compared
+        assert ("flex/packed" in compared) == (mode == "forward") and reasons["flash_attn"].endswith("runs on CUDA")
+
+
+def test_packed_sequences_are_laid_out_for_flash_attn(monkeypatch):
+    """Its stand-in attends sequence by sequence, as its documentation says: the last query sees the last key."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    def stand_in(query, key, value, query_ends, key_ends, longest):
+        out = []
+        for mine, seen in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+            q, k, v = (x[slice(*at)].transpose(0, 1) for x, at in ((query, mine), (key, seen), (value, seen)))
+            assert q.shape[1] <= longest[0] and k.shape[1] <= longest[1]
+            out.append(scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[1], k.shape[1])))
+        return torch.cat(out, dim=1).transpose(0, 1)
+
+    monkeypatch.setattr("bench.cases.prompt_attention_varlen.flash_attn_varlen", stand_in)
+    monkeypatch.setattr("bench.cases.prompt_attention_varlen.missing", lambda *args: None)
+    case = build("prompt_attention_varlen", "cpu", TINY["prompt_attention_varlen"] | {"dtype": "float32"})
+    assert "flash_attn" in agreed(case)[0]
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
