@@ -40,10 +40,11 @@ installed:
 	@$(PYTHON) -c "import fastprompt.kernels" 2>/dev/null || \
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
 
-# The full Triton matrix.
+# The full Triton matrix, and every other test that runs kernels on the device where there is one.
+ON_DEVICE := $(addprefix tests/test_,$(addsuffix .py,warmup triton_device diffuse_prompts key_scores compress_kv summarize_tokens))
 gpu-test: installed
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
-	$(PYTHON) -m pytest -m "not gpu" tests/test_warmup.py tests/test_*_triton.py $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not gpu" $(ON_DEVICE) tests/test_*_triton.py $(PYTEST_ARGS)
 
 # Every Triton kernel once under NVIDIA's compute-sanitizer. Each tensor is an allocation of its own, so that a step
 # beyond one is seen.

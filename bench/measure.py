@@ -143,8 +143,10 @@ def too_large(needed: int, device: str) -> str | None:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can: the resident set then tells what is held."""
+    """Return freed memory to the system, where the C library can, and to the device: both then tell what is held."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:

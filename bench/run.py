@@ -86,7 +86,9 @@ def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) ->
 
     ``peak(provider)`` returns bytes, or a text that says why it cannot run.
     """
-    want = case.reference()
+    want, why_not = attempt(case.reference)
+    if why_not:  # nothing is timed unchecked
+        return dict.fromkeys(case.providers, {"why_not": f"{FAILED}: the reference: {why_not}"})
     rows: dict[str, dict[str, Any]] = {}
     steps = {}
     for name, provider in case.providers.items():

@@ -9,6 +9,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def steps(device: str, cases: list[str], file: Path | None) -> Iterator[Step]:
 
 def run_tests(file: Path, device: str, path: Path, minutes: float) -> int:
     """Run a file of tests, to its end, and add what came out."""
-    workers = ["-n", "8"] if find_spec("xdist") else []
+    workers = ["-n", str(min(os.cpu_count() or 1, 12))] if find_spec("xdist") else []  # each takes memory of the GPU
     with tempfile.TemporaryDirectory() as folder:
         status = _module("pytest", "-q", str(path), f"--junitxml={folder}/found.xml", *workers)
         if status > 1:  # interrupted, or no test ran; pytest has said why

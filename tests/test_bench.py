@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark suite on tiny versions of its cases."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -233,6 +234,11 @@ def test_what_cannot_run_is_a_row_and_stops_nobody():
         assert found[name]["p20_s"] <= found[name]["p50_s"] <= found[name]["p80_s"]
         assert found[name]["peak_bytes"] == 17 and found[name]["ratio_p50"] > 0
     assert list(found) == list(case.providers)
+
+
+def test_a_reference_that_cannot_run_is_the_reason_of_every_row():
+    case = dataclasses.replace(toy(), reference=raises(torch.OutOfMemoryError()))
+    assert measure(case, "cpu", 1, lambda name: 0) == {"good": {"why_not": "failed: the reference: oom"}}
 
 
 def test_memory_that_runs_out_while_measured_is_a_row():

@@ -149,7 +149,13 @@ def test_every_planned_case_takes_its_parameters(monkeypatch):
             for params in grid(runs.settings):
                 assert set(params) <= set(known) - {"device"}, runs
     assert {r.case for r in suite.plan("cuda")} == set(names()) - {"cpu_candidates", "prefill_kvpress"}
-    assert {f"{name}.py" for name in suite.TESTS} <= {f.name for f in (suite.ROOT / "tests").iterdir()}
+
+
+def test_all_tests_of_kernels_are_run():
+    """But for the timing of tiny cases, and what is there for compute-sanitizer."""
+    marked = {f.stem for f in (suite.ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu" in f.read_text()}
+    assert marked - {"test_bench", "test_sanitized", "test_suite"} <= set(suite.TESTS)
+    assert all((suite.ROOT / "tests" / f"{name}.py").exists() for name in suite.TESTS)
 
 
 def test_a_case_without_what_it_needs_is_a_row(monkeypatch, tmp_path):
