@@ -88,7 +88,7 @@ def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) ->
     """
     want, why_not = attempt(case.reference)
     if why_not:  # nothing is timed unchecked
-        return dict.fromkeys(case.providers, {"why_not": f"{FAILED}: the reference: {why_not}"})
+        return {name: {"why_not": f"{FAILED}: the reference: {why_not}"} for name in case.providers}
     rows: dict[str, dict[str, Any]] = {}
     steps = {}
     for name, provider in case.providers.items():
