@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu-test asan lint results bench clean
+.PHONY: demo test installed gpu-test sanitize-gpu asan lint results bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -35,10 +35,31 @@ test: $(VENV)/.dev
 	$(BIN)/fastprompt assets fetch dinov2-small textile smollm2-135m sms-spam openmoji emoji-names clip-bpe
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-# The full Triton matrix on a CUDA device, with the Python at hand (PYTHON=...), which brings its own torch and Triton.
-gpu-test:
+# What follows runs on a CUDA device, with the Python at hand (PYTHON=...) and its own torch and Triton, without network.
+installed:
+	@$(PYTHON) -c "import fastprompt.kernels" 2>/dev/null || \
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
+
+# The full Triton matrix, and every other test that runs kernels on the device where there is one.
+ON_DEVICE := $(addprefix tests/test_,$(addsuffix .py,warmup triton_device diffuse_prompts key_scores compress_kv summarize_tokens))
+gpu-test: installed
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
-	$(PYTHON) -m pytest -m "not gpu" tests/test_warmup.py tests/test_*_triton.py $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not gpu" $(ON_DEVICE) tests/test_*_triton.py $(PYTEST_ARGS)
+
+# Every Triton kernel once under NVIDIA's compute-sanitizer. Each tensor is an allocation of its own, so that a step
+# beyond one is seen.
+SANITIZER := compute-sanitizer --error-exitcode 1
+sanitize-gpu: installed
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer: not on the PATH; it comes with the CUDA \
+	toolkit (/usr/local/cuda/bin)" >&2; exit 1; }
+	for tool in memcheck racecheck initcheck; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=0 \
+	tests/test_sanitized.py $(PYTEST_ARGS) || exit 1; done
+
+# Ceilings, tests, every case of bench/suite.py, into bench/results/GPU-DATE.jsonl. MINUTES=8 stops there (exit status
+# 75), and the same command goes on; CASES="decode ..." measures these alone.
+bench-gpu: installed
+	$(PYTHON) -m bench.suite --device cuda $(if $(MINUTES),--minutes $(MINUTES)) $(CASES)
 
 # The C++ kernels under AddressSanitizer and UBSan: the core's unit tests, then the extension itself in a copy of the
 # package, on the tests of the kernels. (`make test` runs the unit tests so, too.)
@@ -74,43 +95,13 @@ results: $(VENV)/.dev
 	$(BIN)/fastprompt continual --tasks 5 --seed 1 --out runs/lanes
 	cp runs/lanes/continual.json bench/results/continual-openmoji.json
 	$(BIN)/fastprompt count vilt --recipe vpt apt --length 200 --batch 256 --json bench/results/count-vilt.json
-	rm -f bench/results/*-$(DEVICE).jsonl
+	rm -f bench/results/*-cpu.jsonl
 	$(MAKE) bench
 
-# Every case on DEVICE (cpu or cuda); what its results files hold already is not measured again.
-DEVICE ?= cpu
-ROUNDS ?= 15
-MODES  := mode=forward,forward+backward
-DTYPES := dtype=bfloat16,float32
-ifeq ($(DEVICE),cuda)
-DTYPES := $(DTYPES),float16
-endif
-BENCH   = $(BIN)/python -m bench.run --device $(DEVICE) --resume --json bench/results/$(1)-$(DEVICE).jsonl $(1)
-
+# Every case of bench/suite.py on the CPU; what its results files hold already is not measured again.
 bench: $(VENV)/.dev
-	$(call BENCH,vpt_step)
-	$(call BENCH,apt_step) --set model=DINOv2-S,ViT-B
-	$(call BENCH,prefix_step) --set $(DTYPES) checkpointing=0,1
-	$(call BENCH,coop_text) --rounds 5 --set classes=10,100,1000 dtype=float32,bfloat16
-	$(call BENCH,cocoop_step) --rounds 3 --set batch=8 tower=0,1
-	$(call BENCH,cocoop_step) --rounds 1 --set batch=32
-	$(call BENCH,maple_step) --rounds 5
-	$(call BENCH,prompt_attention) --rounds $(ROUNDS) --set prompts=10,50,100,200 $(DTYPES) $(MODES)
-	$(call BENCH,prompt_attention_varlen) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
-	$(call BENCH,diffuse_prompts) --rounds $(ROUNDS) --set prompts=100,200 $(DTYPES) $(MODES)
-	$(call BENCH,decoupled_attention) --rounds $(ROUNDS) --set shape=sd15,sdxl $(DTYPES) $(MODES)
-	$(call BENCH,ipadapter) --rounds 3
-	$(call BENCH,summarize_tokens) --rounds $(ROUNDS) --set $(DTYPES) $(MODES)
-	$(call BENCH,multilane) --rounds 5 --set tasks=1,4,10
-	$(call BENCH,key_scores) --rounds 5 --set tokens=1024,4096,8192,16384
-	$(call BENCH,compress_kv) --rounds 5 --set $(DTYPES)
-	$(call BENCH,prefill_compress) --rounds 5
-	$(call BENCH,decode) --rounds 5
-	$(call BENCH,decode_attention) --rounds $(ROUNDS) --set tokens=1024,8192,32768 $(DTYPES)
-ifeq ($(DEVICE),cpu)
-	$(call BENCH,cpu_candidates) --rounds $(ROUNDS) --set prompts=10,100 $(DTYPES)
-endif
-	$(BIN)/python -m bench.roofline --device $(DEVICE) --json bench/results/ceilings-$(DEVICE).jsonl
+	$(BIN)/python -m bench.suite
+	$(BIN)/python -m bench.roofline --device cpu --json bench/results/ceilings-cpu.jsonl
 	$(BIN)/python -m bench.report
 
 clean:

@@ -90,7 +90,7 @@ class DeviceClock:
     not count, and then overwrites its L2 cache, so that a step does not find what the one before left there.
     """
 
-    LONGEST_NAP = 1 << 29
+    LONGEST_NAP = 1 << 31  # a second, enough for many layers of a model
 
     def __init__(self):
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -143,8 +143,10 @@ def too_large(needed: int, device: str) -> str | None:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can: the resident set then tells what is held."""
+    """Return freed memory to the system, where the C library can, and to the device: both then tell what is held."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from bench import gpu_report
 from bench.roofline import share
-from bench.rows import RESULTS, Row, by_params, read, varying
+from bench.rows import RESULTS, Row, by_params, ceilings, read, varying
 from bench.run import names
-from bench.tables import ceilings as found_ceilings
-from bench.tables import ceilings_text, detail, pivot
+from bench.tables import best_peer, ceilings_text, detail, pivot
 from fastprompt.cli_compress import read as read_runs
 from fastprompt.cli_compress import table as compressed_table
 from fastprompt.cli_continual import table as continual_table
@@ -26,6 +26,7 @@ from fastprompt.demo import table
 from fastprompt.tuning.continual import ContinualResult
 
 ROOT = Path(__file__).parent.parent
+CEILINGS = RESULTS / "ceilings-cpu.jsonl"
 
 #: What a machine without a compiler runs.
 COMPOSED = "fastprompt without its C++ kernels"
@@ -45,8 +46,6 @@ CPP_ROWS = (
     ("key_scores", {"tokens": 4096}, "{tokens:,} tokens, {heads} heads on {heads_kv}, causal"),
     ("decode_attention", {"tokens": 8192}, "one token over {tokens:,}, {heads} heads on {heads_kv}"),
 )
-#: Providers that compute something else, or are given more.
-OTHERS = ("floor", "same_keys", "flash", "forward", "kernel")
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -150,7 +149,7 @@ def count_block() -> str:
 
 def cpp_block() -> str:
     """The C++ kernels against the best that PyTorch's calls do in the same run."""
-    ceilings = found_ceilings("cpu")
+    found = ceilings(CEILINGS)
     head = ("operation", "", "dtype", "PyTorch's best", "composed", "C++", "against the best", "of the nearer ceiling")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for case, params, title in CPP_ROWS:
@@ -158,12 +157,11 @@ def cpp_block() -> str:
             rows = {r["provider"]: r for r in group if "p50_s" in r}
             if "fastprompt/composed" not in rows:
                 continue
-            peers = {n: r for n, r in rows.items() if not n.startswith("fastprompt") and n not in OTHERS}
-            best = min(peers, key=lambda n: peers[n]["p50_s"])
-            ours, theirs = rows.get("kernel", rows["fastprompt"]), peers[best]
+            best = best_peer(rows)
+            ours, theirs = rows.get("kernel", rows["fastprompt"]), rows[best]
             times = [f"{1e3 * r['p50_s']:,.1f} ms" for r in (theirs, rows["fastprompt/composed"], ours)]
             times[0] += f" (`{best}`)"
-            part = share(ours, ceilings) if ceilings else None
+            part = share(ours, found) if found else None
             reached = "" if part is None else f"{100 * part[1]:.0f} % ({part[0]})"
             p = ours["params"]
             cells = (f"`{case}`", title.format(**p), p["dtype"], *times,
@@ -202,8 +200,7 @@ def clip_prompts_block() -> str:
     head = ("step", "form", "token rows", "s a step", "against published", "peak memory of a step")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for case, title in cases.items():
-        file = RESULTS / f"{case}-cpu.jsonl"
-        groups = by_params(read(file)) if file.exists() else []
+        groups = by_params(_cpu(case))
         groups = [g for g in groups if g[0]["params"]["dtype"] == "float32"]
         lines += [f"| `{case}` | | | *not measured* | | |"] * (not groups)
         for group in groups:
@@ -223,7 +220,7 @@ def _clip_cells(r: Row) -> tuple[str, str, str, str]:
 
 def step_table(case: str, names: dict[str, str], **params: Any) -> tuple[dict[str, Any], str]:
     """Parameters of a whole-step benchmark on the CPU, and its table: each provider against the first and the floor."""
-    found = [r for r in read(RESULTS / f"{case}-cpu.jsonl") if params.items() <= r["params"].items()]
+    found = [r for r in _cpu(case) if params.items() <= r["params"].items()]
     rows = {r["provider"]: r for r in found}
     first, floor = (rows[name]["ratio_p50"] for name in (next(iter(names)), "floor"))
     head = ("form", "s a step", f"against {next(iter(names))}", "against the floor", "peak memory of a step")
@@ -294,8 +291,7 @@ def cache_block() -> str:
 
 
 def _cpu(case: str) -> list[Row]:
-    file = RESULTS / f"{case}-cpu.jsonl"
-    return read(file) if file.exists() else []
+    return read(RESULTS / f"{case}-cpu.jsonl")
 
 
 def compress_block(model: str) -> str:
@@ -306,25 +302,29 @@ def compress_block(model: str) -> str:
 
 def cases_block() -> str:
     """Every case and where it was measured."""
+    on_gpu = {r["case"]: file.with_suffix(".md").name for file in gpu_report.files() for r in read(file)}
     lines = ["| case | what it times | CPU | CUDA |", "|---|---|---|---|"]
     for name in names():
         doc = importlib.import_module(f"bench.cases.{name}").__doc__ or ""
         what = doc.splitlines()[0].rstrip(".")
-        files = [f"{name}-{device}.jsonl" for device in ("cpu", "cuda")]
-        places = [f"[{file}]({file})" if (RESULTS / file).exists() else "*not measured*" for file in files]
+        files = [f"{name}-cpu.jsonl" if _cpu(name) else None, on_gpu.get(name)]
+        places = [f"[{file}]({file})" if file else "*not measured*" for file in files]
         lines.append(f"| `{name}` | {what} | {' | '.join(places)} |")
     return "\n".join(lines)
 
 
 def results_block() -> str:
-    """Every JSON-lines file of benchmark cases."""
-    parts = [ceilings_text()] if ceilings_text() else []
-    for file in sorted(RESULTS.glob("*.jsonl")):
+    """Every JSON-lines file of benchmark cases on a CPU; those of a GPU have a page each."""
+    pages = [f"[{file.stem}]({file.with_suffix('.md').name})" for file in gpu_report.files()]
+    found = ceilings(CEILINGS)
+    parts = [f"On GPUs: {', '.join(pages) or '*not measured*'}."]
+    parts += [f"Ceilings, CPU: {ceilings_text(found)}"] if found else []
+    for file in sorted(set(RESULTS.glob("*.jsonl")) - set(gpu_report.files())):
         groups = by_params(read(file))
         if groups:
             parts.append(f"## `{groups[0][0]['case']}` ([{file.name}]({file.name}))")
             many = len(groups) > 4 and "prompts" in varying(groups)[0]
-            parts += [pivot(groups)] if many else [detail(group) for group in groups]
+            parts += [pivot(groups)] if many else [detail(group, found) for group in groups]
     return "\n\n".join(parts)
 
 
@@ -333,7 +333,8 @@ def written() -> dict[Path, str]:
     found = {}
     steps = {"vpt_step": vpt_step_block, "prefix_step": prefix_step_block, "clip_prompts": clip_prompts_block}
     steps |= {"cache": cache_block, "recipes": markdown, "count": count_block, "apt_step": apt_step_block}
-    steps |= {"cpp": cpp_block, "branches": branches_block, "lanes": lanes_block, "continual": continual_block}
+    steps |= {"gpu": gpu_report.block, "cpp": cpp_block}
+    steps |= {"branches": branches_block, "lanes": lanes_block, "continual": continual_block}
     for name, model in (("compress_text", "smollm2-135m"), ("compress_pictures", "tiny-llava")):
         steps[name] = partial(compress_block, model)
     for file, blocks in (

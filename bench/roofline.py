@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.measure import DeviceClock, machine, wall_clock
-from bench.rows import RESULTS, Row, by_params, read, settings
+from bench.rows import RESULTS, Row, append, by_params, read, settings
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 COPIES = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes
@@ -84,9 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         if name != "copy":
             print(f"  product in {name:<9} {rate / 1e9:10.1f} GFLOP/s")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with args.json.open("a") as file:
-            file.write(json.dumps({"ceilings": found, "machine": header}) + "\n")
+        append(args.json, [{"ceilings": found, "machine": header}])
     files = args.files or sorted(RESULTS.glob(f"*-{args.device}.jsonl"))
     rows = [row for file in files for row in read(file)]
     for device in {row["machine"]["device"] for row in rows} - {header["device"]}:

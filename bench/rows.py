@@ -24,12 +24,30 @@ Row = dict[str, Any]
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of cases in a file; of a row that was measured again, the last."""
+    """The rows of cases in a file, none if it is not there; of a row that was measured again, the last."""
     found = {}
-    for row in map(json.loads, file.read_text().splitlines()):
-        if "case" in row:
-            found[key(row)] = row
+    for row in holding(file, "case"):
+        found[key(row)] = row
     return list(found.values())
+
+
+def append(file: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines to a results file, all in one write: a run that is cut off leaves whole groups of rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def holding(file: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a file that hold ``name``; none of a file that is not there."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return [line for line in lines if name in line]
+
+
+def ceilings(file: Path) -> dict[str, float]:
+    """The ceilings that a file holds, measured last; empty if none."""
+    found = holding(file, "ceilings")
+    return found[-1]["ceilings"] if found else {}
 
 
 def key(row: Row) -> tuple[str, str, str]:

@@ -13,20 +13,36 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import cases
-from bench.case import Case, difference
-from bench.measure import FAILED, OOM, WRONG, DeviceClock, attempt, interleave, machine, summary, wall_clock
-from bench.rows import read, settings
+from bench.case import CannotRun, Case, Provider, difference
+from bench.measure import (
+    FAILED,
+    OOM,
+    WRONG,
+    DeviceClock,
+    attempt,
+    give_back,
+    interleave,
+    machine,
+    summary,
+    synchronize,
+    wall_clock,
+)
+from bench.rows import append, read, settings
 from fastprompt.ops.cpp import extension
 from fastprompt.ops.cpp.extension import ISAS
 from fastprompt.tuning.memory import peak_memory
 
 ROOT = Path(__file__).parent.parent
+
+#: Exit status of a run whose time was up: the same command goes on where it stopped (EX_TEMPFAIL of sysexits.h).
+GO_ON = 75
 
 
 def names() -> list[str]:
@@ -36,7 +52,10 @@ def names() -> list[str]:
 
 def build(name: str, device: str, params: dict[str, Any], only: list[str] | None = None) -> Case:
     """A case, with all its providers or with those in ``only`` and the baseline."""
-    case = importlib.import_module(f"bench.cases.{name}").build(device, **params)
+    try:
+        case = importlib.import_module(f"bench.cases.{name}").build(device, **params)
+    except CannotRun as error:  # none of its providers can
+        return Case(name, {"fastprompt": Provider(list, why_not=str(error))}, "fastprompt", list, 0.0, params)
     unknown = set(only or ()) - set(case.providers)
     if unknown:
         raise SystemExit(f"--providers: got {', '.join(unknown)}, expected some of {', '.join(case.providers)}")
@@ -67,7 +86,9 @@ def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) ->
 
     ``peak(provider)`` returns bytes, or a text that says why it cannot run.
     """
-    want = case.reference()
+    want, why_not = attempt(case.reference)
+    if why_not:  # nothing is timed unchecked
+        return {name: {"why_not": f"{FAILED}: the reference: {why_not}"} for name in case.providers}
     rows: dict[str, dict[str, Any]] = {}
     steps = {}
     for name, provider in case.providers.items():
@@ -143,6 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds; every provider runs once a round")
     parser.add_argument("--json", type=Path, help="append one JSON line a provider to this file")
     parser.add_argument("--resume", action="store_true", help="leave out the parameters that the JSON file has")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help=f"start nothing more after that long, and exit with {GO_ON}"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE[,VALUE]", help="parameters of the case")
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these and the baseline")
     parser.add_argument(
@@ -153,11 +177,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but PyTorch sees no CUDA device; use --device cpu")
+    start = monotonic()
     header = machine(args.device)
     if args.isa:
         extension.best_isa = lambda: args.isa
+    if args.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in the embedding of patches, too
     wrong = False
     for params in grid(args.set):
+        given = params | ({"isa": args.isa} if args.isa else {})
+        if args.resume and args.json and _measured(args.json, args.case, set=given):
+            continue
+        if monotonic() - start > 60 * args.minutes:
+            return GO_ON
+        give_back()  # what the last set of parameters held
         torch.compiler.reset()  # a provider compiled for other shapes would be compiled again for any, and run slower
         case = build(args.case, args.device, params, args.providers)
         if args.isa:
@@ -165,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.memory_of:
             print(json.dumps(_peak(case, args.memory_of, args.device)))
             continue
-        if args.resume and args.json and _measured(args.json, case):
+        if args.resume and args.json and _measured(args.json, args.case, params=case.params):
             continue
 
         def peak(provider: str, case: Case = case, params: dict = params) -> int | str:
@@ -174,15 +207,16 @@ def main(argv: list[str] | None = None) -> int:
             return _peak(case, provider, args.device)
 
         rows = measure(case, args.device, args.rounds, peak)
+        synchronize()  # after an error of the device this raises, before rows are kept that only repeat it
         wrong |= any(r.get("why_not", "").startswith((WRONG, FAILED)) for r in rows.values())
         print(show(case, rows), end="\n\n", flush=True)
         if args.json:
-            common = {"baseline": case.baseline, "params": case.params, "rounds": args.rounds, "machine": header}
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            with args.json.open("a") as file:
-                file.writelines(
-                    json.dumps({"case": case.name, "provider": n, **r, **common}) + "\n" for n, r in rows.items()
-                )
+            common = {
+                "baseline": case.baseline, "params": case.params, "set": given, "rounds": args.rounds,
+                "machine": header,
+            }  # fmt: skip
+            append(args.json, [{"case": case.name, "provider": n, **r, **common} for n, r in rows.items()])
+        del case, peak
     return int(wrong)
 
 
@@ -193,9 +227,8 @@ def _peak(case: Case, provider: str, device: str) -> int | str:
     return why_not or found
 
 
-def _measured(file: Path, case: Case) -> bool:
-    rows = read(file) if file.exists() else []
-    return any(r["case"] == case.name and r["params"] == case.params for r in rows)
+def _measured(file: Path, case: str, **known: dict[str, Any]) -> bool:
+    return any(r["case"] == case and r.get(name) == value for r in read(file) for name, value in known.items())
 
 
 if __name__ == "__main__":

@@ -3,17 +3,26 @@
 
 from __future__ import annotations
 
-import json
-
 from bench.measure import OOM
 from bench.roofline import share
-from bench.rows import RESULTS, Row, settings, varying
+from bench.rows import Row, settings, varying
+
+#: Providers that compute something else, or are given more, or are no whole operation.
+OTHERS = (
+    "floor", "same_keys", "flash", "forward", "kernel", "stream", "attention", "attention/concat", "vpt/published",
+    "vpt/fastprompt",
+)  # fmt: skip
 
 
-def detail(group: list[Row]) -> str:
-    """All that is known of one set of parameters, a line a provider."""
+def best_peer(rows: dict[str, Row]) -> str | None:
+    """The fastest provider of the same work that is not fastprompt; None if there is none."""
+    times = {n: r["p50_s"] for n, r in rows.items() if "p50_s" in r and n not in OTHERS}
+    return min((n for n in times if not n.startswith("fastprompt")), key=lambda n: times[n], default=None)
+
+
+def detail(group: list[Row], found: dict[str, float]) -> str:
+    """All that is known of one set of parameters, a line a provider; ``found`` are the ceilings of its device."""
     counted, rows = (any(key in r for r in group) for key in ("flops", "tokens"))
-    found = ceilings("cpu" if "threads" in group[0]["machine"] else "cuda")
     more = ["TFLOP/s"] * counted + ["token rows"] * rows
     head = ["provider", "p50 ms", "p20", "p80", f"against {group[0]['baseline']}", "peak MiB", *more]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -24,7 +33,9 @@ def detail(group: list[Row]) -> str:
             times = " | ".join(_milliseconds(r[k]) for k in ("p50_s", "p20_s", "p80_s"))
             rate = f" {_rate(r, found)} |" * counted + (f" {r['tokens']:,} |" if "tokens" in r else " |" * rows)
             lines.append(f"| {r['provider']} | {times} | {_ratio(r, 3)} | {r['peak_bytes'] / 2**20:,.0f} |{rate}")
-    return "\n\n".join([f"{settings(group[0]['params'])}. {_where(group)}.", "\n".join(lines), *_absent([group])])
+    return "\n\n".join(
+        [f"{settings(group[0]['params']) or 'As given'}. {_where(group)}.", "\n".join(lines), *_absent([group])]
+    )
 
 
 def pivot(groups: list[list[Row]]) -> str:
@@ -47,21 +58,10 @@ def pivot(groups: list[list[Row]]) -> str:
     return "\n\n".join(parts)
 
 
-def ceilings(device: str) -> dict[str, float]:
-    """The ceilings measured last on a device; empty if nobody did."""
-    file = RESULTS / f"ceilings-{device}.jsonl"
-    return json.loads(file.read_text().splitlines()[-1])["ceilings"] if file.exists() else {}
-
-
-def ceilings_text() -> str:
-    """What is known of the ceilings of both devices."""
-    parts = []
-    for device in ("cpu", "cuda"):
-        found = ceilings(device)
-        if found:
-            products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {n}" for n, rate in found.items() if n != "copy")
-            parts.append(f"Ceilings, {device}: copy {found['copy'] / 1e9:,.0f} GB/s; matrix product {products}.")
-    return "\n\n".join(parts)
+def ceilings_text(found: dict[str, float]) -> str:
+    """The fastest copy and matrix products."""
+    products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {n}" for n, rate in found.items() if n != "copy")
+    return f"copy {found['copy'] / 1e9:,.0f} GB/s; matrix product {products}."
 
 
 def _rate(row: Row, found: dict[str, float]) -> str:

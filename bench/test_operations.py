@@ -10,7 +10,13 @@ from bench.run import build
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
     name: build(name, DEVICE, {})
-    for name in ("decoupled_attention", "prompt_attention", "prompt_attention_varlen", "summarize_tokens")
+    for name in (
+        "decoupled_attention",
+        "prompt_attention",
+        "prompt_attention_varlen",
+        "prompt_bank",
+        "summarize_tokens",
+    )
 }
 
 

@@ -22,6 +22,7 @@ TINY = {
     "prefill_kvpress": {"tokens": 40, "layers": 2, "width": 72, "vocab": 31},
     "prefix_step": {"batch": 2, "tokens": 7, "prompts": 5, "layers": 2, "width": 72, "vocab": 31},
     "prompt_attention": {"batch": 2, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
+    "prompt_bank": {"tenants": 7, "batch": 5, "heads": 2, "tokens": 19, "dim": 16, "prompts": 3},
     "prompt_attention_varlen": {"classes": 5, "heads": 2, "dim": 16, "prompts": 3},
     "summarize_tokens": {"batch": 2, "tokens": 19, "width": 32, "tasks": 2, "summaries": 3},
     "vpt_step": {"layers": 2, "batch": 2, "prompts": 3},

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark suite on tiny versions of its cases."""
 
+import dataclasses
 import json
 import math
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from bench_cases import TINY, agreed
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare, plot, report, roofline, rows, run, tables
+from bench import compare, gpu_report, plot, report, roofline, rows, run, tables
 from bench.case import CannotRun, Case, Provider, attention_work
 from bench.cases import coop_text
 from bench.measure import OOM, interleave, summary, too_large, wall_clock
@@ -25,6 +28,7 @@ OPERATIONS = (
     "decoupled_attention",
     "prompt_attention",
     "prompt_attention_varlen",
+    "prompt_bank",
     "summarize_tokens",
 )
 
@@ -54,7 +58,28 @@ def test_operations_agree_with_the_reference(name, dtype, mode):
     if name == "prompt_attention":
         assert {"concat/efficient", "concat/cudnn", "xformers"} <= set(reasons)
         assert ("flex/packed" in reasons) == (mode != "forward")
-        assert {"same_keys", "concat/flash", "expand/math"} <= compared
+        assert {"same_keys", "concat/flash", "expand/math", "compiled"} <= compared
+    if name == "prompt_attention_varlen":
+        assert {"concat/flash", "concat/math", "trimmed/flash", "compiled"} <= compared
+        assert ("flex/packed" in compared) == (mode == "forward") and reasons["flash_attn"].endswith("runs on CUDA")
+
+
+def test_packed_sequences_are_laid_out_for_flash_attn(monkeypatch):
+    """Its stand-in attends sequence by sequence, as its documentation says: the last query sees the last key."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    def stand_in(query, key, value, query_ends, key_ends, longest):
+        out = []
+        for mine, seen in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+            q, k, v = (x[slice(*at)].transpose(0, 1) for x, at in ((query, mine), (key, seen), (value, seen)))
+            assert q.shape[1] <= longest[0] and k.shape[1] <= longest[1]
+            out.append(scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[1], k.shape[1])))
+        return torch.cat(out, dim=1).transpose(0, 1)
+
+    monkeypatch.setattr("bench.cases.prompt_attention_varlen.flash_attn_varlen", stand_in)
+    monkeypatch.setattr("bench.cases.prompt_attention_varlen.missing", lambda *args: None)
+    case = build("prompt_attention_varlen", "cpu", TINY["prompt_attention_varlen"] | {"dtype": "float32"})
+    assert "flash_attn" in agreed(case)[0]
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
@@ -211,6 +236,11 @@ def test_what_cannot_run_is_a_row_and_stops_nobody():
     assert list(found) == list(case.providers)
 
 
+def test_a_reference_that_cannot_run_is_the_reason_of_every_row():
+    case = dataclasses.replace(toy(), reference=raises(torch.OutOfMemoryError()))
+    assert measure(case, "cpu", 1, lambda name: 0) == {"good": {"why_not": "failed: the reference: oom"}}
+
+
 def test_memory_that_runs_out_while_measured_is_a_row():
     assert measure(toy(), "cpu", 1, lambda name: OOM)["good"] == {"why_not": OOM}
 
@@ -344,7 +374,7 @@ def test_roofline_takes_the_nearer_ceiling(tmp_path, monkeypatch, capsys):
 
 def test_tables_show_reasons_and_out_of_memory():
     group = [row("good", 0.0123, flops=10**9, bytes=1), absent("full", "oom"), absent("x", "not run: no GPU")]
-    text = tables.detail(group)
+    text = tables.detail(group, {})
     assert "| good | 12.3 |" in text and "| full | out of memory |" in text and "`x` not run: no GPU." in text
     sets = [
         [{**r, "params": {"n": 1, "prompts": p, "mode": m}} for r in group] for m in ("up", "down") for p in (10, 20)
@@ -361,9 +391,7 @@ def test_results_list_every_case_and_are_up_to_date():
     block = report.cases_block()
     for name in names():
         (line,) = [x for x in block.splitlines() if x.startswith(f"| `{name}` |")]
-        for device in ("cpu", "cuda"):
-            there = (rows.RESULTS / f"{name}-{device}.jsonl").exists()
-            assert (f"{name}-{device}.jsonl" in line) == there
+        assert (f"{name}-cpu.jsonl" in line) == (rows.RESULTS / f"{name}-cpu.jsonl").exists()
         assert line.count("*not measured*") == 2 - line.count("](")
     for file, text in report.written().items():
         assert file.read_text() == text, f"{file}: run python -m bench.report"
@@ -372,7 +400,7 @@ def test_results_list_every_case_and_are_up_to_date():
 def test_committed_rows_can_be_read():
     for file in rows.RESULTS.glob("*.jsonl"):
         for r in rows.read(file):
-            assert r["case"] in names() and file.name.startswith(r["case"] + "-")
+            assert r["case"] in names() and (file.name.startswith(r["case"] + "-") or file in gpu_report.files())
             assert "why_not" in r or all(math.isfinite(r[k]) for k in ("p20_s", "p50_s", "p80_s", "peak_bytes"))
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import fastprompt
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.ops import compress_kv, reference
+from fastprompt.ops.dispatch import HEAD_SIZES
 
 #: C++ has a file of its own.
 IMPLS = ("reference", "triton")
@@ -307,5 +308,8 @@ def test_errors(change, error, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("merge", MERGES)
-def test_on_the_gpu(dtype, merge):
-    check(make(dtype, 1, 2, 130, 128), 30, "triton", recent=10, merge=merge)
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+def test_on_the_gpu(dtype, merge, dim):
+    valid = torch.rand(1, 130) < 0.9
+    check(make(dtype, 1, 2, 130, dim), 30, "triton", recent=10, merge=merge)
+    check(make(dtype, 1, 2, 130, dim), 30, "triton", recent=10, merge=merge, merge_keys=False, valid=valid)

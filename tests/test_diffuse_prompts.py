@@ -390,3 +390,13 @@ def test_debug_finds_prompts_that_are_not_finite(monkeypatch):
     inputs[2][1, 2] = torch.nan
     with pytest.raises(ValueError, match="prompts: got 1 NaN"):
         diffuse_prompts(*inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("prompts", "width", "rank"), [(1, 64, 2), (100, 768, 0), (200, 768, 0), (512, 1024, 0)])
+def test_on_the_gpu(dtype, prompts, width, rank):
+    """Sizes of models. A wide key of no rank is exact in half precision, and so is what ReLU lets through."""
+    for activation, weight in OPTIONS:
+        inputs = make(dtype, 2, 70, prompts, width, rank, wide=torch.float32)
+        check(inputs, impl="triton", activation=activation, weight=weight)

@@ -11,6 +11,7 @@ import fastprompt
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.ops import key_scores, prompt_attention
 from fastprompt.ops.cpp import extension
+from fastprompt.ops.dispatch import HEAD_SIZES
 
 IMPLS = ("cpu", "reference", "triton")  # C++ has a file of its own
 # Bound on the relative error of the exponential in PyTorch's flash attention for bfloat16 on CPU, a short polynomial:
@@ -275,7 +276,10 @@ def test_errors(change, error, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", HEAD_SIZES)
 def test_on_the_gpu(dtype, dim):
     for is_causal in (True, False):
-        check(make(dtype, 1, 4, 2, 130, 130, dim, is_causal), "triton", is_causal=is_causal)
+        inputs = make(dtype, 1, 4, 2, 130, 130, dim, is_causal)
+        check(inputs, "triton", is_causal=is_causal)
+        masks = {name: torch.rand(1, 130) < 0.7 for name in ("query_mask", "key_mask")}
+        check(inputs, "triton", is_causal=is_causal, query_start=65, normalize="visible", group_reduce="max", **masks)

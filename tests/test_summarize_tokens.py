@@ -264,3 +264,11 @@ def test_debug_finds_selectors_that_are_not_finite(monkeypatch):
     inputs[0][1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match="selectors: got 1 NaN"):
         summarize_tokens(*inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [384, 768, 1024])
+def test_on_the_gpu(dtype, width):
+    for tasks, tokens in ((1, 257), (4, 197)):
+        check(make(dtype, tasks, 2, 20, tokens, width, torch.float32), impl="triton")

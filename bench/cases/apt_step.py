@@ -20,9 +20,9 @@ from fastprompt.hf.published import ReadPrompts
 
 
 def build(
-    device: str, batch: int = 16, prompts: int = 100, layers: int = 12, threads: int = 0, model: str = "DINOv2-S"
+    device: str, batch: int = 0, prompts: int = 100, layers: int = 0, threads: int = 0, model: str = "DINOv2-S"
 ) -> Case:
-    """The case; ``layers`` < 12 gives a quick version."""
+    """The case; ``batch`` 0 is 16 on a CPU and 64 on a GPU, ``layers`` 0 those of the model (few are quick)."""
     if threads:
         torch.set_num_threads(threads)
     frozen = Frozen(device, model, batch, layers)
@@ -51,6 +51,6 @@ def build(
         "vpt/fastprompt": Provider(deep["fastprompt"].build),
     }
     providers |= composed(device, providers)
-    params = {"model": model, "batch": batch, "prompts": prompts, "layers": layers, "pixels": 224,
+    params = {"model": model, "batch": frozen.batch, "prompts": prompts, "layers": frozen.layers, "pixels": 224,
               "dtype": "bfloat16 autocast"}  # fmt: skip
     return Case("apt_step", providers, "floor", lambda: attached(exact=True, eager=True)(), 1e-10, params)

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding behind a long prompt, SmolLM2-135M shapes, random weights: sixteen tokens, one after the other.
+"""Decoding behind a long prompt, SmolLM2-135M or Qwen2.5-VL-7B shapes, random weights: sixteen tokens, one by one.
 
 Providers: `plain` (transformers' cache), and H2O and LOOK-M with a half, a fifth and a tenth of the keys. Peak memory
-is that of the timed tokens alone. Counted is what every token must read: the weights and its cache.
+is that of the timed tokens alone. Counted is what every token must read: the weights and its cache. A batch reads one
+prompt, of which every sample has a copy of its own. On a GPU, ``clock=device`` leaves out what the host adds between
+kernels, which is most of the time where a token is soon computed.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,26 +18,35 @@ from transformers import DynamicCache
 
 import fastprompt
 from bench.case import Case, Provider, Step, Work, composed
-from bench.cases.prefill_compress import POLICIES, decoder
+from bench.cases.prefill_compress import MODELS, POLICIES, decoder, sharing
 
 STEPS = 16
+CLOCKS = ("host", "device")
 
 
 def build(
-    device: str, tokens: int = 8192, layers: int = 30, width: int = 576, vocab: int = 49152, dtype: str = "bfloat16"
-) -> Case:
-    """The case; ``layers``, ``width`` and ``vocab`` make a quick version."""
-    kind = getattr(torch, dtype)
-    ids = torch.randint(vocab, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    device: str, tokens: int = 8192, layers: int = 0, width: int = 0, vocab: int = 0, dtype: str = "bfloat16",
+    model: str = "SmolLM2-135M", batch: int = 1, clock: str = "host",
+) -> Case:  # fmt: skip
+    """The case; ``layers``, ``width`` and ``vocab`` 0 are those of the model, others make a quick version."""
+    if clock not in CLOCKS:
+        raise ValueError(f"clock: got {clock!r}, expected one of {', '.join(CLOCKS)}")
+    kind, shape = getattr(torch, dtype), MODELS[model][2].sized(layers, width, vocab)
+    ids = torch.randint(shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    weights = lru_cache(lambda: decoder(device, kind, model, shape, tokens))
 
-    def step(policy: object = None) -> Step:
-        lm = decoder(device, kind, layers, width, vocab, tokens)
+    def step(policy: Any = None) -> Step:
+        lm = sharing(weights())
         cache = DynamicCache(config=lm.config) if policy is None else fastprompt.PromptCache(lm, policy)
         with torch.no_grad():
             lm(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        if policy is not None:
+            cache.finalize()
+        if batch > 1:
+            cache.batch_repeat_interleave(batch)
 
         def run() -> list[Tensor]:
-            token = ids[:, :1]
+            token = ids[:, :1].expand(batch, -1)
             with torch.no_grad():
                 for _ in range(STEPS):
                     token = lm(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
@@ -41,9 +55,11 @@ def build(
         return run
 
     def work(kept: int) -> Work:
-        weights = vocab * width + layers * (2 * width * (width + width // 3) + 3 * width * (width * 8 // 3))
-        states = layers * kept * 2 * (width // 3)
-        return Work(STEPS * 2 * (weights + 3 * states), STEPS * kind.itemsize * (weights + states))
+        groups = shape.heads // shape.heads_kv
+        layer = 2 * shape.width * (shape.width + shape.width // groups) + 3 * shape.width * shape.mlp
+        read = shape.vocab * shape.width + shape.layers * layer
+        states = batch * shape.layers * kept * 2 * (shape.width // groups)
+        return Work(STEPS * 2 * (batch * read + groups * states), STEPS * kind.itemsize * (read + states))
 
     providers = {"plain": Provider(step, work=work(tokens))}
     for keep in (0.5, 0.2, 0.1):
@@ -51,5 +67,8 @@ def build(
             build_step = lambda n=name, k=keep: step(POLICIES[n](k))  # noqa: E731
             providers[f"{name} {keep:.0%}"] = Provider(build_step, work=work(int(keep * tokens)))
     providers |= composed(device, providers, "h2o 20%")
-    params = {"tokens": tokens, "steps": STEPS, "layers": layers, "width": width, "vocab": vocab, "dtype": dtype}
-    return Case("decode", providers, "plain", list, 0.0, params)
+    params = {"tokens": tokens, "steps": STEPS, "layers": shape.layers, "width": shape.width, "vocab": shape.vocab,
+              "dtype": dtype}  # fmt: skip
+    # Named where they are not what rows without them were measured with.
+    params |= ({"batch": batch} if batch > 1 else {}) | ({"clock": clock} if clock != "host" else {})
+    return Case("decode", providers, "plain", list, 0.0, params, device_time=clock == "device")

@@ -2,8 +2,8 @@
 """Attention of one new token over a long cache, grouped-query: `prompt_attention` where a key head has few query rows.
 
 Providers: `sdpa` (PyTorch's, grouped), `sdpa/repeated` (keys and values repeated for every query head, as transformers
-does), `sdpa/folded` (the query heads of a key head as rows of one head), fastprompt, and the C++ `kernel` without the
-operation's checks, as attention over a compressed cache calls it.
+does), `sdpa/folded` (the query heads of a key head as rows of one head), `flex` (compiled flex_attention, grouped),
+fastprompt, and the C++ `kernel` without the operation's checks, as attention over a compressed cache calls it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import Case, Provider, attention_work, composed, tolerance
+from bench.case import Case, Provider, Step, attention_work, composed, tolerance
+from bench.peers import flex
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.cpp import extension
 from fastprompt.ops.dispatch import backend
@@ -50,7 +51,17 @@ def build(
 
         return Provider(lambda: step, step, why_not, work)
 
+    def flexed() -> Step:
+        compiled = flex()
+
+        @torch.no_grad()
+        def step() -> list[Tensor]:
+            return [compiled(query, key, value, enable_gqa=True)]
+
+        return step
+
     providers = {name: provider(form) for name, form in forms.items()}
+    providers["flex"] = Provider(flexed, lambda: flexed()(), work=work)
     providers |= composed(device, providers)
     bank, no_kernel = none.unsqueeze(0), extension.missing() if device == "cpu" else "the C++ kernels run on the CPU"
     providers["kernel"] = provider(

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`decoupled_attention` on IP-Adapter's cross-attention shapes: text and image tokens, each with a softmax of its own.
 
-Providers: `sdpa` (one call a branch, the image branch scaled and added, as diffusers computes it), `xformers` and
-`flex` and `prompt_attention` (likewise), fastprompt. `floor` is the text branch alone. `shape` is
-``sd15`` (8 heads of 40, 4 image tokens) or ``sdxl`` (10 heads of 64, 16 image tokens), at 4096 queries a sample.
+Providers: `sdpa` (one call a branch, the image branch scaled and added, as diffusers computes it; on the backend that
+PyTorch chooses, and on each by name), `xformers`, `flex` and `prompt_attention` (likewise), the reference `compiled`, and
+fastprompt. `floor` is the text branch alone. `shape` is ``sd15`` (8 heads of 40, 4 image tokens) or ``sdxl`` (10 heads of 64, 16
+image tokens), at 4096 queries a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, composed, tolerance
+from bench.case import Case, Provider, Step, Work, attention_work, composed, tolerance
+from bench.peers import backends, flex, missing, no_flex, on_backend, xformers
 from fastprompt.ops import decoupled_attention, prompt_attention
 from fastprompt.ops.dispatch import IMPLS
 
@@ -65,15 +66,17 @@ def build(
     def fastprompt(impl: str) -> Callable[..., Tensor]:
         return lambda q, k, v, ki, vi: decoupled_attention(q, [k, ki], [v, vi], [1.0, WEIGHT], impl=impl)
 
-    no_flex = "flex_attention has no backward on a CPU" if train and device == "cpu" else None
-    no_xformers = "xformers runs on CUDA" if device == "cpu" else None if find_spec("xformers") else "not installed"
-    flex = Provider(lambda: step(two_calls(_flex())), lambda: step(two_calls(_flex()))(), no_flex, work(text + image))
+    def compiled(make: Callable[[], Callable[..., Tensor]], why_not: str | None = None) -> Provider:
+        return Provider(lambda: step(make()), lambda: step(make())(), why_not, work(text + image))
+
     providers = {
         "floor": Provider(lambda: step(sdpa, inputs[:3]), work=work(text)),
         "sdpa": provider(two_calls(sdpa)),
-        "flex": flex,
-        "xformers": provider(two_calls(_xformers), no_xformers),
+        **{f"sdpa/{n}": provider(on_backend(n, two_calls(sdpa)), no) for n, no in backends(device).items()},
+        "flex": compiled(lambda: two_calls(flex()), no_flex(device, train)),
+        "xformers": provider(two_calls(xformers), missing("xformers", device)),
         "prompt_attention": provider(two_calls(_without_prompts)),
+        "compiled": compiled(lambda: torch.compile(fastprompt("reference"), dynamic=False)),
     }
     for impl in IMPLS:
         providers["fastprompt" if impl == "auto" else f"fastprompt/{impl}"] = provider(fastprompt(impl))
@@ -88,21 +91,6 @@ def build(
     return Case("decoupled_attention", providers, "sdpa", reference, tolerance(kind), params, device_time=True)
 
 
-def _flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _without_prompts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     none = query.new_empty(1, key.shape[1], 0, query.shape[3])
     return prompt_attention(query, key, value, none, none)
-
-
-def _xformers(*inputs: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    try:
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
-    except NotImplementedError as error:
-        raise CannotRun(str(error).splitlines()[0]) from error

@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from bench.case import Case, Provider, Step, Work, tolerance
+from bench.case import CannotRun, Case, Provider, Step, Work, tolerance
 
 # Of a picture of 512 or 1024 pixels a side: (layers, share of the top grid's queries, width), then heads or head size.
 SHAPES = {
@@ -30,8 +30,10 @@ def build(
 ) -> Case:  # fmt: skip
     """The case; ``batch`` 2 is one picture with and without guidance; few ``layers`` and ``queries`` are quick."""
     # Here, since a machine may lack this extra, and every case's description is read there too.
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
+    try:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+    except ImportError as error:
+        raise CannotRun("diffusers is not installed") from error
     from fastprompt.diffusers import DecoupledAttnProcessor
 
     if shape not in SHAPES:

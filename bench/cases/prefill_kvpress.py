@@ -21,20 +21,20 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bench.case import CannotRun, Case, Provider, Step
-from bench.cases.prefill_compress import decoder
+from bench.cases.prefill_compress import MODELS, decoder
 from bench.measure import too_large
 
 
 def build(
-    device: str, tokens: int = 4096, keep: float = 0.2, layers: int = 30, width: int = 576, vocab: int = 49152,
+    device: str, tokens: int = 4096, keep: float = 0.2, layers: int = 0, width: int = 0, vocab: int = 0,
     dtype: str = "bfloat16", kvpress: str = "installed",
 ) -> Case:  # fmt: skip
     """The case; ``layers``, ``width`` and ``vocab`` make a quick version; ``kvpress`` is for the record."""
-    kind = getattr(torch, dtype)
-    ids = torch.randint(vocab, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    kind, shape = getattr(torch, dtype), MODELS["SmolLM2-135M"][2].sized(layers, width, vocab)
+    ids = torch.randint(shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
     def prefill(chosen: torch.dtype = kind, press: str | None = None, attention: str = "sdpa") -> Step:
-        lm: Any = decoder(device, chosen, layers, width, vocab, tokens)
+        lm: Any = decoder(device, chosen, "SmolLM2-135M", shape, tokens)
         lm.set_attn_implementation(attention)
         hooks = _press(press, 1 - keep) if press else None
 
@@ -52,15 +52,16 @@ def build(
         step = lambda: prefill(press=press, attention=attention)  # noqa: E731
         return Provider(step, lambda: step()(), why_not, tokens=tokens)
 
-    matrix = 9 * tokens**2 * (2 * kind.itemsize + 4)
+    matrix = shape.heads * tokens**2 * (2 * kind.itemsize + 4)
     providers = {
         "plain": provider(),
         "observed attention": provider("ObservedAttentionPress", "eager", too_large(matrix, device)),
         "SnapKV": provider("SnapKVPress"),
     }
-    params = {"tokens": tokens, "keep": keep, "layers": layers, "width": width, "vocab": vocab, "dtype": dtype}
+    params = {"tokens": tokens, "keep": keep, "layers": shape.layers, "width": shape.width, "vocab": shape.vocab,
+              "dtype": dtype}  # fmt: skip
     params["kvpress"] = _version()
-    bound = 8 * layers**0.5 * torch.finfo(kind).eps
+    bound = 8 * shape.layers**0.5 * torch.finfo(kind).eps
     return Case("prefill_kvpress", providers, "plain", lambda: prefill(torch.float32)(), bound, params)
 
 

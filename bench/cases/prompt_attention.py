@@ -4,28 +4,24 @@
 Providers: `concat` copies the shared prompt to every sample while joining keys, `expand` holds a copy for every sample
 before that, as code does that inserts prompts as tokens; each on the backend PyTorch chooses and on every backend by
 name. `flex` is compiled flex_attention over the keys of `concat`, `flex/packed` over one long sequence in which a block
-mask lets every sample see the prompt and itself, `xformers` its memory-efficient attention. `same_keys` finds its keys
+mask lets every sample see the prompt and itself, `xformers` its memory-efficient attention, `compiled` the reference
+under torch.compile. `same_keys` finds its keys
 joined, so it is what a kernel can hope for, `floor` has no prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.case import CannotRun, Case, Provider, Step, Work, attention_work, composed, tolerance
+from bench.case import Case, Provider, Step, Work, attention_work, composed, tolerance
+from bench.peers import backends, flex, missing, no_flex, on_backend, xformers
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.dispatch import IMPLS
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
 MODES = ("forward", "forward+backward")
 
 
@@ -78,17 +74,13 @@ def build(
     }
     for form, join in (("concat", _concat), ("expand", _expand)):
         providers[form] = provider(lambda *x, join=join: sdpa(*join(*x)))
-        for name, backend in BACKENDS.items():
-            absent = device == "cpu" and name in ("efficient", "cudnn")
-            on = _sdpa_on(name, backend)
-            providers[f"{form}/{name}"] = provider(
-                lambda *x, join=join, on=on: on(*join(*x)), "PyTorch has this backend on CUDA alone" if absent else None
-            )
-    no_flex = "flex_attention has no backward on a CPU" if train and device == "cpu" else None
-    providers["flex"] = provider(None, no_flex, lambda: step(_flex()))
-    providers["flex/packed"] = provider(None, no_flex, lambda: step(_flex_packed(batch, tokens, prompts, device)))
-    no_xformers = "xformers runs on CUDA" if device == "cpu" else None if find_spec("xformers") else "not installed"
-    providers["xformers"] = provider(_xformers, no_xformers)
+        for name, absent in backends(device).items():
+            providers[f"{form}/{name}"] = provider(on_backend(name, lambda *x, join=join: sdpa(*join(*x))), absent)
+    no = no_flex(device, train)
+    providers["flex"] = provider(None, no, lambda: step(_flex()))
+    providers["flex/packed"] = provider(None, no, lambda: step(_flex_packed(batch, tokens, prompts, device)))
+    providers["xformers"] = provider(lambda *x: xformers(*_concat(*x)), missing("xformers", device))
+    providers["compiled"] = provider(None, None, lambda: step(torch.compile(_reference, dynamic=False)))
     providers["fastprompt"] = provider(prompt_attention)
     providers |= composed(device, providers)
     for impl in IMPLS[1:]:
@@ -114,34 +106,23 @@ def _expand(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> tuple[Te
     return _concat(q, k, v, *(p.repeat(len(q), 1, 1, 1) for p in (pk, pv)))
 
 
-def _sdpa_on(name: str, backend: SDPBackend) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        try:
-            with sdpa_kernel(backend):
-                return sdpa(q, k, v)
-        except RuntimeError as error:
-            if "No available kernel" not in str(error):
-                raise
-            raise CannotRun(f"the {name} backend takes no {q.dtype} tensors like these here") from error
-
-    return run
+def _reference(*inputs: Tensor) -> Tensor:
+    return prompt_attention(*inputs, impl="reference")
 
 
 def _flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = flex()
     return lambda *inputs: compiled(*_concat(*inputs))
 
 
 def _flex_packed(batch: int, tokens: int, prompts: int, device: str) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(b, h, q, k):
         return (k < prompts) | (q // tokens == (k - prompts) // tokens)
 
     mask = create_block_mask(visible, None, None, batch * tokens, prompts + batch * tokens, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = flex()
 
     def run(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for x in (q, k, v))
@@ -149,12 +130,3 @@ def _flex_packed(batch: int, tokens: int, prompts: int, device: str) -> Callable
         return out.transpose(1, 2).unflatten(1, (batch, tokens)).squeeze(0).transpose(1, 2)
 
     return run
-
-
-def _xformers(*inputs: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    try:
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in _concat(*inputs))).transpose(1, 2)
-    except NotImplementedError as error:
-        raise CannotRun(str(error).splitlines()[0]) from error

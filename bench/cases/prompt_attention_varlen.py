@@ -4,13 +4,15 @@
 The shared context (start token and learned tokens) is the prompt, a class's own tokens (name, full stop, EOT) are its
 sequence. Providers: `padded` (as published: every class is 77 tokens, context included), `trimmed` (the same cut after
 the longest class), `concat` (own tokens padded to the longest class, the context's keys copied to every class), all on
-SDPA, and fastprompt. The context's own rows, which `concat` and fastprompt compute once for all classes and elsewhere,
-are not in their times.
+SDPA, the last two on each of its backends too; `flash_attn` over packed rows, the context's keys copied; `flex/packed`
+(one sequence, a block mask), the reference `compiled`, and fastprompt. The context's own rows, which all but the first
+two compute once for all classes and elsewhere, are not in their times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import Case, Provider, Step, attention_work, composed, tolerance
 from bench.cases.prompt_attention import MODES
+from bench.peers import backends, flash_attn_varlen, flex, missing, no_flex, on_backend
 from fastprompt.ops import prompt_attention_varlen
 from fastprompt.ops.dispatch import IMPLS
 
@@ -62,31 +65,68 @@ def build(
 
         return run
 
-    def whole(total: int) -> Provider:
+    def whole(total: int, attend: Callable[..., Tensor] = sdpa, why_not: str | None = None) -> Provider:
         """Every class with its own copy of the context's rows."""
         inputs = [pad(x, prompts, total) for x in packed[:3]]
         with torch.no_grad():
             for x, context in zip(inputs[1:], packed[3:], strict=True):
                 x[:, :, :prompts] = context
         received = pad(grad, prompts, total, torch.zeros).detach()
-        run = step(lambda q, k, v: sdpa(q, k, v, is_causal=True), inputs, received)
+        run = step(lambda q, k, v: attend(q, k, v, is_causal=True), inputs, received)
 
         def check() -> list[Tensor]:
             out, *grads = (x.detach() for x in run())
             shared = [g[:, :, :prompts].sum(0) for g in grads[1:]]
             return [unpad(out, prompts), *(unpad(g, prompts) for g in grads), *shared]
 
-        return Provider(lambda: run, check, work=work)
+        return Provider(lambda: run, check, why_not, work)
 
     def concat(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
         k, v = (torch.cat([p.expand(classes, -1, -1, -1), x], 2) for p, x in ((pk, k), (pv, v)))
         return sdpa(q, k, v, causal_lower_right(longest, prompts + longest))
 
-    joined = step(concat, [*map(pad, packed[:3]), *packed[3:]], pad(grad, blank=torch.zeros).detach())
+    def joined(attend: Callable[..., Tensor] = concat, why_not: str | None = None) -> Provider:
+        """Own tokens as padded rows."""
+        run = step(attend, [*map(pad, packed[:3]), *packed[3:]], pad(grad, blank=torch.zeros).detach())
 
-    def unpadded() -> list[Tensor]:
-        results = joined()
-        return [*map(unpad, results[:4]), *results[4:]]
+        def check() -> list[Tensor]:
+            results = run()
+            return [*map(unpad, results[:4]), *results[4:]]
+
+        return Provider(lambda: run, check, why_not, work)
+
+    # Of every class, the rows of the context's keys and its own, in one tensor that begins with the context's.
+    read = [torch.cat([torch.arange(prompts), prompts + torch.arange(*rows)]) for rows in pairwise(ends.tolist())]
+    index, key_ends = torch.cat(read).to(device), ends + prompts * torch.arange(classes + 1, device=device).int()
+
+    def flash_attn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+        k, v = (torch.cat([p.transpose(0, 1), x]).index_select(0, index) for p, x in ((pk, k), (pv, v)))
+        return flash_attn_varlen(q, k, v, ends, key_ends, (longest, prompts + longest))
+
+    def flex_packed() -> Callable[..., Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        owner = torch.arange(classes, device=device).repeat_interleave(lengths.to(device))
+
+        def visible(b, h, q, k):
+            own = k - prompts
+            return (k < prompts) | ((own <= q) & (owner[q] == owner[own.clamp(min=0)]))
+
+        mask = create_block_mask(visible, None, None, rows, prompts + rows, device=device)
+        compiled = flex()
+
+        def run(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+            k, v = (torch.cat([p, x.transpose(0, 1)], 1).unsqueeze(0) for p, x in ((pk, k), (pv, v)))
+            return compiled(q.transpose(0, 1).unsqueeze(0), k, v, block_mask=mask).squeeze(0).transpose(0, 1)
+
+        return run
+
+    def made(make: Callable[[], Callable[..., Tensor]], why_not: str | None = None) -> Provider:
+        """Over packed rows, as they are."""
+        return Provider(lambda: step(make(), packed, grad), lambda: step(make(), packed, grad)(), why_not, work)
+
+    def of_reference(*inputs: Tensor) -> Tensor:
+        return prompt_attention_varlen(*inputs, ends, max_seqlen=longest, is_causal=True, impl="reference")
 
     def fastprompt(impl: str, inputs: list[Tensor] = packed, grad: Tensor = grad) -> Step:
         def run(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
@@ -99,8 +139,14 @@ def build(
     providers = {
         "padded": whole(FULL),
         "trimmed": whole(prompts + longest),
-        "concat": Provider(lambda: joined, unpadded, work=work),
+        "concat": joined(),
     }
+    for name, no in backends(device).items():
+        providers[f"trimmed/{name}"] = whole(prompts + longest, on_backend(name, sdpa), no)
+        providers[f"concat/{name}"] = joined(on_backend(name, concat), no)
+    providers["flash_attn"] = made(lambda: flash_attn, missing("flash_attn", device))
+    providers["flex/packed"] = made(flex_packed, no_flex(device, train))
+    providers["compiled"] = made(lambda: torch.compile(of_reference, dynamic=False))
     for impl in IMPLS:
         name = "fastprompt" if impl == "auto" else f"fastprompt/{impl}"
         providers[name] = Provider(lambda i=impl: fastprompt(i), lambda i=impl: fastprompt(i)(), work=work)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole training step (forward and backward) of deep visual prompts on DINOv2-S, 224 px, bfloat16 autocast.
+"""A whole training step (forward and backward) of deep visual prompts on a ViT, 224 px, bfloat16 autocast.
+
+Models: DINOv2-S (patches of 14 pixels), ViT-B/16 and ViT-L/14.
 
 Providers: `published` (prompts inserted as tokens in every layer), `kv_concat` (keys and values of prompts computed
 once a step, concatenated for SDPA), `fastprompt`, and the `floor`: the same frozen model without prompts, gradients
@@ -19,11 +21,14 @@ from bench.case import Case, Provider, Step, composed
 from fastprompt.hf import attention
 from fastprompt.hf.published import InsertedPrompts
 
-#: Model -> class, config, width, heads and pixels a side of a patch.
+#: Model -> class, config, width, heads, layers and pixels a side of a patch.
 MODELS = {
-    "DINOv2-S": (Dinov2ForImageClassification, Dinov2Config, 384, 6, 14),
-    "ViT-B": (ViTForImageClassification, ViTConfig, 768, 12, 16),
+    "DINOv2-S": (Dinov2ForImageClassification, Dinov2Config, 384, 6, 12, 14),
+    "ViT-B": (ViTForImageClassification, ViTConfig, 768, 12, 12, 16),
+    "ViT-L": (ViTForImageClassification, ViTConfig, 1024, 16, 24, 14),
 }
+#: Images of a step where nobody says.
+BATCH = {"cpu": 16, "cuda": 64}
 
 
 class Frozen:
@@ -31,19 +36,23 @@ class Frozen:
 
     Attributes:
         width: Numbers in a token.
+        batch: Images.
+        layers: Layers.
     """
 
     def __init__(self, device: str, model: str, batch: int, layers: int):
         torch.manual_seed(0)
         self.device = device
-        self._kind, config, self.width, heads, patch_size = MODELS[model]
+        self._kind, config, self.width, heads, of_model, patch_size = MODELS[model]
+        self.batch, self.layers = batch or BATCH[device], layers or of_model
         self._config = config(
-            hidden_size=self.width, num_attention_heads=heads, num_hidden_layers=layers, num_labels=3, image_size=224,
+            hidden_size=self.width, num_attention_heads=heads, num_hidden_layers=self.layers, num_labels=3,
+            image_size=224,
             intermediate_size=4 * self.width, patch_size=patch_size,
         )  # fmt: skip
         self._weights = self._kind(self._config).state_dict()
-        self._pixels = torch.randn(batch, 3, 224, 224, device=device)
-        self._labels = torch.randint(3, (batch,), device=device)
+        self._pixels = torch.randn(self.batch, 3, 224, 224, device=device)
+        self._labels = torch.randint(3, (self.batch,), device=device)
 
     def fresh(self) -> nn.Module:
         """The model."""
@@ -73,13 +82,13 @@ class Frozen:
 
 
 def build(
-    device: str, batch: int = 16, prompts: int = 100, layers: int = 12, threads: int = 0, model: str = "DINOv2-S"
+    device: str, batch: int = 0, prompts: int = 100, layers: int = 0, threads: int = 0, model: str = "DINOv2-S"
 ) -> Case:
-    """The case; ``layers`` < 12 gives a quick version."""
+    """The case; ``batch`` 0 is 16 on a CPU and 64 on a GPU, ``layers`` 0 those of the model (few are quick)."""
     if threads:
         torch.set_num_threads(threads)
     frozen = Frozen(device, model, batch, layers)
-    initial = [0.1 * torch.randn(prompts, frozen.width, device=device) for _ in range(layers)]
+    initial = [0.1 * torch.randn(prompts, frozen.width, device=device) for _ in range(frozen.layers)]
 
     def published(autocast: bool = True) -> Step:
         model = frozen.fresh()
@@ -111,7 +120,7 @@ def build(
         "floor": Provider(frozen.floor),
     }
     providers |= composed(device, providers)
-    params = {"model": model, "batch": batch, "prompts": prompts, "layers": layers, "pixels": 224,
+    params = {"model": model, "batch": frozen.batch, "prompts": prompts, "layers": frozen.layers, "pixels": 224,
               "dtype": "bfloat16 autocast"}  # fmt: skip
     return Case("vpt_step", providers, "published", lambda: published(autocast=False)(), 1e-4, params)
 
