@@ -11,7 +11,7 @@ from torch import Tensor
 from . import configs
 from .configs import Config, padded
 from .decoupled_attention_kernels import branch_kernel, branches_kernel, branches_query_kernel
-from .launch import INTERPRET, Launch, upcast
+from .launch import Launch, upcast
 from .prompt_attention import PROGRAMS, full_mask, plan_reduce, strides, tiles
 
 
@@ -48,10 +48,8 @@ class Problem:
     def config(self, kernel: str, keys: int) -> Config:
         """The configuration of one kernel, whose tile of keys is for branches of up to ``keys``."""
         _, _, rows, dim = self.query.shape
-        if INTERPRET:
-            return configs.fit(configs.PINNED, rows, keys)
         masked = any(x.mask is not None for x in self.branches)
-        return configs.choose(kernel, self.query.element_size(), dim, rows, keys, masked)
+        return configs.choose(kernel, self.query, dim, rows, keys, masked)
 
     def all_branches(self, kernel: str) -> tuple[dict, dict, Config]:
         """What both kernels that loop over branches take."""
