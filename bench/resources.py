@@ -38,7 +38,6 @@ from fastprompt.kernels import (
 )
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
-from fastprompt.ops.dispatch import HEAD_SIZES
 
 #: Shared memory a block may use, bytes (CUDA programming guide, table of technical specifications). An A100 has
 #: 163 KiB; its table serves 8.6, 8.9 and 12.x too, which have 99.
@@ -50,6 +49,9 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALARS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32",
            torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
+
+#: Head sizes of the committed table: one of every class of sizes, and one that does not fill its tile.
+SHOWN = (64, 80, 128, 256)
 
 README = Path(__file__).parents[1] / "kernels" / "README.md"
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
@@ -342,8 +344,8 @@ def main(argv: list[str] | None = None) -> int:
         choices=VARIANTS,
         help="[%(default)s]",
     )
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES, help="[%(default)s]")
+    parser.add_argument("--dims", nargs="+", type=int, default=list(SHOWN), help="[%(default)s]")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write one line a kernel here")
