@@ -82,7 +82,7 @@ def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] 
     """Measure every candidate configuration of every kernel on this shape and save the fastest to `tuned_file`.
 
     The kernels are tuned one after the other; all of an operation is timed, forward and backward, so that a candidate
-    is judged by what users wait for. One that the GPU has not the resources for is passed over.
+    is judged by what users wait for. One that does not compile, or asks for more than the GPU has, is passed over.
 
     Args:
         shape: What to measure; the result serves all shapes of its dtype width and class of head sizes.
@@ -100,14 +100,14 @@ def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] 
     if timer is None and torch.device(device).type != "cuda":
         raise ImplUnavailableError(f"device: got {device!r}; tiles are tuned for a GPU, expected a CUDA device")
     import triton
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     from fastprompt.kernels import configs
     from fastprompt.kernels.candidates import candidates
 
     timer = timer or triton.testing.do_bench
     target = configs.architecture(torch.zeros((), device=device).device)
-    gpu = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "interpreter"
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "the interpreter"
     origin = f"measured on {gpu}, {datetime.date.today()}, {_describe(shape)}"
     found: dict[str, configs.Entry] = {}
     for ready in _steps(shape, device).values():
@@ -122,8 +122,8 @@ def tune(shape: Shape, device: str = "cuda", timer: Callable[[Callable], float] 
                 with configs.override(target, name, config):
                     try:
                         times[config] = timer(step)
-                    except OutOfResources as error:
-                        print(f"{name}: {tuple(config)} does not fit: {error}", file=sys.stderr)
+                    except TritonError as error:
+                        print(f"{name}: {tuple(config)} is passed over: {error}", file=sys.stderr)
             best = min(times, key=lambda config: times[config])
             found[name] = configs.Entry(best, origin)
             print(f"{name}: {best} {times[best]:.4f} ms, before {times.get(before, math.nan):.4f} ms")
