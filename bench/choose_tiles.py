@@ -5,6 +5,7 @@ Without a GPU the compile gate chooses among a kernel's candidates. Out go those
 with D <= 128, in any variant of the kernel, or ask for more shared memory than the architecture has. The rest are
 ranked; the first of these that differs decides:
 
+0. whether it runs on every GPU that the table serves: 8.6, 8.9 and 12.x have 99 KiB of shared memory a block;
 1. bytes of the stack, the fewest (where float32 or D = 256 spill whatever the tile);
 2. multiply-adds a byte that streams from L2 into the tile, the most, up to what keeps the multipliers busy while L2 is
    read at full rate: more than that buys nothing;
@@ -32,7 +33,7 @@ from typing import NamedTuple
 import triton
 from tqdm import tqdm
 
-from bench.resources import Job, Usage, compile_job, faults
+from bench.resources import SHARED_SERVED, Job, Usage, compile_job, faults
 from fastprompt.kernels import configs
 from fastprompt.kernels.candidates import HOLD_KEYS, candidates
 from fastprompt.kernels.configs import Config, Entry
@@ -131,8 +132,9 @@ def rank(slot: Slot, config: Config, usage: Usage | None = None) -> tuple[float,
     warps = ENOUGH_WARPS[slot.itemsize]
     warps = warps if usage is None else min(warps, resident_warps(slot.architecture, usage))
     stack = 0 if usage is None else usage.stack or 0
+    everywhere = usage is None or usage.shared <= SHARED_SERVED[int(slot.architecture.removeprefix("sm_"))]
     held = min(balance, reuse(slot.kernel, config, slot.itemsize))
-    return -stack, held, warps, config.rows * config.keys, config.stages
+    return everywhere, -stack, held, warps, config.rows * config.keys, config.stages
 
 
 def against(slot: Slot, config: Config, jobs: list[Job]) -> tuple[list[Usage], list[str]]:
@@ -203,25 +205,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.ship:
         return ship(args.ship)
-    tables = {}
+    kept = set()
     for name in names:
         file = configs.TABLES / f"{name}.json"
-        tables[name] = configs.read(file)[1] if file.exists() else {}
+        known = configs.read(file)[1] if file.exists() else {}
+        kept |= {(name, key) for key, entry in known.items() if not entry.origin.startswith(GATE)}
         # A kernel is planned together with others: those without an entry get their last candidate for the time being.
         last = {slot.name: candidates(*slot[1:])[-1] for slot in todo([name], list(configs.SIZES), (name,))}
-        configs.write(file, name, {key: Entry(x, ORIGIN) for key, x in last.items()} | tables[name])
+        configs.write(file, name, {key: Entry(x, ORIGIN) for key, x in last.items()} | known)
     slots = todo(args.architectures, args.kernels)
     with ProcessPoolExecutor(args.workers) as pool:
-        found = list(tqdm(pool.map(choose, slots), "choose", len(slots), leave=False))
-    for name in names:
-        chosen = {
-            slot.name: Entry(config, ORIGIN)
-            for slot, config in zip(slots, found, strict=True)
-            if slot.itemsize == 4 or slot.architecture == name
-        }
-        kept = {key: x for key, x in tables[name].items() if not x.origin.startswith(GATE)}
-        configs.save(configs.TABLES / f"{name}.json", name, chosen | kept)
-        print(f"{name}: {len(chosen)} entries chosen, {len(kept)} measured ones kept")
+        # Written as they come, so that what an interrupted run has found stays.
+        for slot, config in zip(slots, tqdm(pool.map(choose, slots), "choose", len(slots), leave=False), strict=True):
+            for name in names if slot.itemsize == 4 else [slot.architecture]:
+                if (name, slot.name) not in kept:
+                    configs.save(configs.TABLES / f"{name}.json", name, {slot.name: Entry(config, ORIGIN)})
+    print(f"{len(slots)} entries chosen, {len(kept)} measured ones kept")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ from fastprompt.kernels import (
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
 
-#: Shared memory a block may use, bytes (CUDA programming guide, table of technical specifications). An A100 has
-#: 163 KiB; its table serves 8.6, 8.9 and 12.x too, which have 99.
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: Shared memory a block may use, bytes (CUDA programming guide, table of technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: The table of sm_80 serves 8.6, 8.9 and 12.x too, which have less than an A100.
+SHARED_SERVED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32), "cuda:90": GPUTarget("cuda", 90, 32), "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,7 +174,7 @@ def _steps(shape: Shape, device: str) -> dict[str, Callable[[], Callable[[], obj
     return steps
 
 
-def _forward_backward(op: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+def _forward_backward(op: Callable[[], Any], inputs: list[Tensor]) -> Callable[[], object]:
     def step() -> object:
         out = op()
         return torch.autograd.grad(out, inputs, torch.ones_like(out))
@@ -191,11 +192,9 @@ def _varlen(shape: Shape, device: str) -> Callable[[], object]:
     query, key, value, *prompt = shape.tensors(device, torch.float32)
     packed = [x.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for x in (query, key, value)]
     ends = torch.arange(shape.batch + 1, dtype=torch.int32, device=device) * shape.tokens
-    inputs = [*packed, *prompt]
-    op = partial(
-        prompt_attention_varlen, *inputs, ends, max_seqlen=shape.tokens, is_causal=shape.is_causal, impl="triton"
-    )
-    return _forward_backward(op, inputs)
+    tensors = [*packed, *prompt, ends]
+    op = partial(prompt_attention_varlen, *tensors, max_seqlen=shape.tokens, is_causal=shape.is_causal, impl="triton")
+    return _forward_backward(op, tensors[:-1])
 
 
 def _decoupled_attention(shape: Shape, device: str) -> Callable[[], object]:

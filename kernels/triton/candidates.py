@@ -83,6 +83,7 @@ def candidates(kernel: str, itemsize: int, size: int) -> tuple[Config, ...]:
     """What may serve the entry of a kernel for elements of ``itemsize`` bytes and problems of up to ``size``."""
     if kernel not in HOLD_ROWS + HOLD_KEYS:
         return OTHERS[kernel, itemsize]
+    found: tuple[Config, ...]
     if itemsize == 4:
         found = FLOAT if size <= 128 else WIDE_FLOAT
     else:

@@ -55,7 +55,7 @@ class Problem:
         """What both kernels that loop over branches take."""
         config = self.config(kernel, max(x.length for x in self.branches))
         heads, count = self.query.shape[1], tiles(self.query.shape[2], config.rows)
-        each = {
+        each: dict[str, list[Tensor | None]] = {
             "keys": [x.key for x in self.branches], "values": [x.value for x in self.branches],
             "weights": [x.weight for x in self.branches], "masks": [x.mask for x in self.branches],
         }  # fmt: skip
