@@ -28,13 +28,21 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastprompt.kernels import compress_kv, decoupled_attention, diffuse_prompts, key_scores, summarize_tokens
+from fastprompt.kernels import (
+    compress_kv,
+    configs,
+    decoupled_attention,
+    diffuse_prompts,
+    key_scores,
+    summarize_tokens,
+)
 from fastprompt.kernels.launch import Launch
 from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
-from fastprompt.ops.dispatch import HEAD_SIZES
 
 #: Shared memory a block may use, bytes (CUDA programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: The table of sm_80 serves 8.6, 8.9 and 12.x too, which have less than an A100.
+SHARED_SERVED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32), "cuda:90": GPUTarget("cuda", 90, 32), "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
@@ -42,6 +50,9 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALARS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32",
            torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
+
+#: Head sizes of the committed table: one of every class of sizes, and one that does not fill its tile.
+SHOWN = (64, 80, 128, 256)
 
 README = Path(__file__).parents[1] / "kernels" / "README.md"
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
@@ -64,6 +75,8 @@ class Usage(NamedTuple):
     stack: int | None
     shared: int
     warps: int
+    #: Columns of sm_100's tensor memory, a block.
+    columns: int = 0
 
 
 class Variant(NamedTuple):
@@ -107,7 +120,7 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
         return _diffuse_plans(v.diffuse, dtype, dim)
     if v.summaries:
         return _summary_plans(dtype, 4 * dim)
-    batch, heads, tokens, prompts = 64, 12, 197, 50
+    batch, heads, tokens, prompts = 64, 12, 197, 200
     rows = (1, tokens * batch) if v.packed else (batch, tokens)
 
     def tensor(b: int, t: int, h: int, kind: torch.dtype = dtype) -> Tensor:
@@ -153,7 +166,7 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
 
 
 def _branch_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
-    """Every launch of cross-attention to 77 text tokens, and to 16 image tokens under a spatial mask, as in SDXL."""
+    """Every launch of cross-attention to 77 text tokens, and to 257 image tokens under a spatial mask, as in SDXL."""
     batch, heads, tokens = 2, 10, 4096
 
     def tensor(b: int, t: int, h: int) -> Tensor:
@@ -167,7 +180,7 @@ def _branch_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
 
     query, out, grad_out = (tensor(batch, tokens, heads) for _ in range(3))
     spatial = torch.empty(batch, 1, tokens, device="meta").expand(-1, heads, -1)
-    branches = [branch(batch, 77, None, None), branch(1, 16, spatial, v.mask)]
+    branches = [branch(batch, 77, None, None), branch(1, 257, spatial, v.mask)]
     problem = decoupled_attention.Problem(query, branches, dim**-0.5)
     lse, delta = (torch.empty(2, batch, heads, tokens, device="meta") for _ in range(2))
     grads = [(torch.empty(x.key.shape, dtype=dtype, device="meta"),) * 2 for x in branches]
@@ -244,7 +257,7 @@ def compile_job(job: Job) -> Usage:
     if target.backend == "cuda":
         registers, stack, static = read_cubin(compiled.asm["cubin"], job.kernel)
         shared = max(shared, static)
-    return Usage(registers, stack, shared, launch.config.warps)
+    return Usage(registers, stack, shared, launch.config.warps, getattr(compiled.metadata, "tmem_size", None) or 0)
 
 
 def read_cubin(cubin: bytes, kernel: str) -> tuple[int, int, int]:
@@ -268,7 +281,13 @@ def distinct(todo: list[Job]) -> dict[Job, Job]:
 
 
 def _launch(job: Job) -> Launch:
-    return next(x for x in plans(job.variant, DTYPES[job.dtype], job.dim) if x.kernel.__name__ == job.kernel)
+    with configs.compiling_for(architecture(job.target)):
+        return next(x for x in plans(job.variant, DTYPES[job.dtype], job.dim) if x.kernel.__name__ == job.kernel)
+
+
+def architecture(target: str) -> str:
+    """The table of tiles that serves a target."""
+    return f"sm_{target.removeprefix('cuda:')}" if target.startswith("cuda") else "sm_80"
 
 
 def jobs(variants: list[str], dtypes: list[str], dims: list[int], targets: list[str]) -> Iterator[Job]:
@@ -298,8 +317,8 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
     """Markdown: one line a kernel, dtype and head size; registers/stack/shared KiB of every target."""
     targets = list(dict.fromkeys(job.target for job, _ in rows))
     lines = [
-        "| kernel | variant | dtype | D | warps | " + " | ".join(targets) + " |",
-        "|---" * (5 + len(targets)) + "|",
+        "| kernel | variant | dtype | D | " + " | ".join(targets) + " |",
+        "|---" * (4 + len(targets)) + "|",
     ]
     grouped: dict[tuple, dict[str, Usage]] = {}
     for job, usage in rows:
@@ -309,11 +328,10 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
         for target in targets:
             u = usages[target]
             stack = "" if not u.stack else f" **stack {u.stack}**"
-            cells.append("compiles" if u.registers is None else f"{u.registers} / {u.shared / 1024:.0f}{stack}")
+            usage = "compiles" if u.registers is None else f"{u.registers} / {u.shared / 1024:.0f}{stack}"
+            cells.append(f"{u.warps}: {usage}")
         name = kernel.removesuffix("_kernel")
-        lines.append(
-            f"| {name} | {variant} | {dtype} | {dim} | {usages[targets[0]].warps} | " + " | ".join(cells) + " |"
-        )
+        lines.append(f"| {name} | {variant} | {dtype} | {dim} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -327,8 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         choices=VARIANTS,
         help="[%(default)s]",
     )
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--dims", nargs="+", type=int, default=list(HEAD_SIZES))
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES, help="[%(default)s]")
+    parser.add_argument("--dims", nargs="+", type=int, default=list(SHOWN), help="[%(default)s]")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write one line a kernel here")

@@ -10,7 +10,6 @@ from test_decoupled_attention import cases, rms
 from test_decoupled_attention_autograd import CASES, split
 
 import fastprompt
-from fastprompt.kernels import configs
 from fastprompt.kernels import decoupled_attention as launchers
 from fastprompt.kernels.launch import Launch
 from fastprompt.ops import decoupled_attention
@@ -152,15 +151,6 @@ def test_elements_past_two_to_the_31(axis):
 def test_auto_never_interprets():
     choice = fastprompt.explain(decoupled_attention, *make(torch.float32))
     assert choice.impl in ("cpp", "cpu") and choice.refused["triton"]
-
-
-@pytest.mark.parametrize("kernel", ["branches", "branches_query", "branch"])
-def test_every_shape_has_a_configuration(kernel):
-    for itemsize in (2, 4):
-        for dim in DIMS:
-            for masked in (False, True):
-                config = configs.choose(kernel, itemsize, dim, 4096, 77, masked)
-                assert config.rows >= 16 and config.keys >= 16
 
 
 def test_splits_fill_a_gpu_from_shapes_alone():

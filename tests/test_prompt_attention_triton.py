@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels against the float64 oracle: interpreted on the CPU, on the device where there is one."""
 
-import itertools
-
 import pytest
 import torch
 from attention_cases import (
@@ -21,7 +19,6 @@ from hypothesis import strategies as st
 
 import fastprompt
 from fastprompt.errors import ImplUnavailableError
-from fastprompt.kernels import configs
 from fastprompt.kernels import prompt_attention as launchers
 from fastprompt.kernels.launch import Launch
 from fastprompt.ops import prompt_attention
@@ -215,28 +212,6 @@ def test_every_reason_is_listed(monkeypatch):
 def test_auto_never_interprets():
     choice = fastprompt.explain(prompt_attention, *make(torch.float32))
     assert choice.impl in ("cpp", "cpu") and choice.refused["triton"]
-
-
-@pytest.mark.parametrize("kernel", configs.KERNELS)
-def test_tuning_is_bounded_and_covers_every_shape(kernel):
-    assert len(configs.CANDIDATES[kernel]) + 1 <= 8
-    for itemsize, dim, rows, keys, masked in itertools.product((2, 4), HEAD_SIZES, LENGTHS, LENGTHS, (False, True)):
-        config = configs.choose(kernel, itemsize, dim, rows, keys, masked)
-        assert 16 <= config.rows <= configs.padded(rows) and 16 <= config.keys <= configs.padded(keys)
-
-
-def test_tuned_configurations_are_saved_and_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(configs, "_tuned", {})
-    found = configs.Config(32, 16, 2, 1)
-    configs.save(tmp_path / "tuned.json", {configs.slot("forward", 2, 64): found})
-    assert configs.choose("forward", 2, 64, 500, 500) != found
-    configs.load(tmp_path / "tuned.json")
-    assert configs.choose("forward", 2, 64, 500, 500) == found
-    assert configs.choose("forward", 4, 64, 500, 500) != found
-    for damage in ("{", "[1]", '{"forward-16bit-d64": [1, 2]}'):
-        (tmp_path / "tuned.json").write_text(damage)
-        with pytest.raises(ValueError, match=r"tuned\.json: damaged .*; delete it"):
-            configs.load(tmp_path / "tuned.json")
 
 
 def test_splits_follow_from_shapes_alone():

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.resources import SHARED_LIMIT, VARIANTS, Job, Usage, faults, table
-from fastprompt.ops.dispatch import HEAD_SIZES
+from bench import first_call
+from bench.resources import SHARED_LIMIT, SHARED_SERVED, SHOWN, VARIANTS, Job, Usage, faults, table
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
+SOURCE = "".join(path.read_text() for path in (ROOT / "kernels" / "triton").glob("*.py"))
+KERNELS = re.findall(r"^def (\w+_kernel)\(", SOURCE, re.M)
 
 
 def gate(tmp_path, *arguments):
@@ -32,20 +34,25 @@ def gate(tmp_path, *arguments):
 def test_half_precision_does_not_spill(tmp_path):
     rows = gate(tmp_path, "--variants", *VARIANTS, "--dtypes", "bf16", "--dims", "64", "128", "--targets", *TARGETS)
     found = {(row["kernel"], row["dim"], row["target"]) for row in rows}
-    source = "".join(path.read_text() for path in (ROOT / "kernels" / "triton").glob("*.py"))
-    kernels = set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
-    assert found == {(kernel, dim, target) for kernel in kernels for dim in (64, 128) for target in TARGETS}
+    assert found == {(kernel, dim, target) for kernel in KERNELS for dim in (64, 128) for target in TARGETS}
     for row in rows:
         assert row["stack"] == 0, row
-        assert 0 < row["registers"] <= 255 and row["shared"] <= SHARED_LIMIT[int(row["target"][5:])], row
+        assert 0 < row["registers"] <= 255 and row["shared"] <= SHARED_SERVED[int(row["target"][5:])], row
 
 
 def test_the_committed_table_has_no_spills_in_half_precision():
     text = (ROOT / "kernels" / "README.md").read_text().split("resources: begin -->")[1].split("<!-- resources")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()[2:]]
-    half = [row for row in rows if row[2] in ("bf16", "fp16") and int(row[3]) <= 128]
-    assert {(row[2], int(row[3])) for row in rows} == set(product(("bf16", "fp16", "fp32"), HEAD_SIZES))
+    half = [row for row in rows if row[2] == "bf16" and int(row[3]) <= 128]
+    assert {(row[2], int(row[3])) for row in rows} == set(product(("bf16", "fp32"), SHOWN))
     assert not [row for row in half if "stack" in " ".join(row)]
+
+
+def test_no_first_call_takes_three_seconds():
+    """As measured with the shipped tiles; a timing of the moment would depend on what else the machine does."""
+    rows = json.loads(first_call.RESULTS.read_text())["compiled"]
+    assert {row["kernel"] for row in rows} == set(KERNELS)
+    assert not [row for row in rows if not 0 < row["seconds"] <= first_call.LIMIT]
 
 
 def test_what_the_gate_forbids():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastprompt warmup`: kernels run once ahead of time, tiles are tuned only when asked."""
 
-import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,19 +14,21 @@ from fastprompt import H2O, TOVA, SnapKV, cli, config
 from fastprompt.cache import Observed, compress
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.kernels import configs
+from fastprompt.kernels.candidates import candidates
 from fastprompt.kernels.launch import Launch
 from fastprompt.ops import dispatch, key_scores
-from fastprompt.warmup import Shape, tune, warmup
+from fastprompt.warmup import Shape, _steps, tune, warmup
 
 SHAPE = Shape(batch=1, heads=2, heads_kv=1, tokens=5, head_dim=16, prompts=3, dtype=torch.float32)
 
 
 @pytest.fixture
-def tuned(monkeypatch, tmp_path):
-    """No tuned tiles at first, and a cache folder of this test's own."""
+def shipped(monkeypatch, tmp_path):
+    """A cache folder of this test's own, and tables that it may change."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configs, "_tuned", {})
-    return configs._tuned
+    configs.table.cache_clear()
+    yield {name: dict(configs.table(name)) for name in configs.ARCHITECTURES.values()}
+    configs.table.cache_clear()
 
 
 def test_every_kernel_runs_once(monkeypatch):
@@ -70,29 +72,45 @@ def test_keys_are_scored_and_merged_in_the_variants_of_a_cache(monkeypatch):
     assert forms(seen) == warm
 
 
-def test_the_fastest_candidate_is_kept(tuned, capsys):
-    tried = []
+def test_the_fastest_candidate_of_every_kernel_is_kept(shipped, capsys):
+    """In float32 and half precision; the second candidate wins."""
+    target = configs.architecture(torch.device(TRITON_DEVICE, 0))
+    entries = configs.table(target)
+    tried: dict[str, list] = {}
 
     def timer(step):
-        (name,) = configs._tuned
-        tried.append((name, configs._tuned[name]))
-        return 1.0 if tried[-1][1] == configs.CANDIDATES[name.split("-")[0]][2] else 2.0
+        (name,) = (name for name, x in entries.items() if x.origin == "a candidate")
+        config = entries[name].config
+        tried.setdefault(name, []).append(config)
+        return 1.0 if config == candidates(*configs.parse(name))[1] else 2.0
 
-    expected = [{configs.choose(k, 4, 16, 1 << 20, 1 << 20), *c} for k, c in configs.CANDIDATES.items()]
-    file = tune(SHAPE, TRITON_DEVICE, timer)
-    assert len(tried) == sum(map(len, expected))
-    for kernel in configs.KERNELS:
-        assert configs.choose(kernel, 4, 16, 1 << 20, 1 << 20) == configs.CANDIDATES[kernel][2]
-    assert set(json.loads(file.read_text())) == {configs.slot(kernel, 4, 16) for kernel in configs.KERNELS}
-    assert "shipped 2.0000 ms" in capsys.readouterr().out
+    for dtype in (torch.float32, torch.float16):
+        file = tune(replace(SHAPE, dtype=dtype), TRITON_DEVICE, timer)
+    architecture, found = configs.read(file)
+    assert architecture == target
+    assert {configs.parse(name)[:2] for name in found} == set(product(configs.SIZES, (2, 4)))
+    for name, entry in found.items():
+        before, possible = shipped[target][name].config, candidates(*configs.parse(name))
+        assert tried[name] == list(dict.fromkeys((before, *possible)))
+        assert entry.config == possible[1] and entries[name] == entry
+        assert re.match(r"measured on .+, \d{4}-\d\d-\d\d, batch 1, heads 2, heads_kv 1, tokens 5, ", entry.origin)
+    assert "before 2.0000 ms" in capsys.readouterr().out
 
 
-def test_tuned_tiles_are_read_by_the_next_process(tuned):
-    configs.save(dispatch.tuned_file(), {configs.slot("forward", 2, 64): configs.Config(16, 16, 1, 1)})
+def test_what_no_kernel_can_hold_is_left_out(monkeypatch):
+    """More prompts than `diffuse_prompts` takes, more columns than `summarize_tokens` does."""
+    assert len(_steps(SHAPE, "meta")) == 6
+    assert "diffuse_prompts" not in _steps(replace(SHAPE, prompts=513), "meta")
+    assert "summarize_tokens" not in _steps(replace(SHAPE, heads=12, head_dim=128), "meta")
+
+
+def test_tuned_tiles_are_read_by_the_next_process(shipped):
+    entry = configs.Entry(configs.Config(16, 16, 1, 1), "measured on X, 2026-01-01, heads 1")
+    configs.save(dispatch.tuned_file(), "sm_90", {"forward-16bit-d64": entry})
     dispatch.backend.cache_clear()
     try:
         dispatch.backend("prompt_attention", "triton")
-        assert configs.choose("forward", 2, 64, 100, 100) == configs.Config(16, 16, 1, 1)
+        assert configs.table("sm_90") == shipped["sm_90"] | {"forward-16bit-d64": entry}
     finally:
         dispatch.backend.cache_clear()
 

@@ -119,12 +119,23 @@ def _reasons_of_size(op: str, tensors: Sequence[Tensor]) -> list[str]:
         count = len(tensors[1])
         return [f"{count} prompts are more than {MOST_PROMPTS}"] if count > MOST_PROMPTS else []
     if op == "summarize_tokens":
-        width = tensors[0].shape[-1]
+        x = tensors[0]
+        width = x.shape[-1]
+        if x.dtype == torch.float32 and width > MOST_COLUMNS // 2 and _little_shared_memory(x.device):
+            return [f"float32 rows of width {width} take 128 KiB of shared memory, this GPU has 99"]
         return [f"width {width} is more than {MOST_COLUMNS}"] if width > MOST_COLUMNS else []
     size, more = tensors[0].shape[-1], MORE_HEAD_SIZES.get(op, ())
     if size in HEAD_SIZES or size in more:
         return []
     return [f"head size {size} is not one of {', '.join(map(str, sorted((*HEAD_SIZES, *more))))}"]
+
+
+def _little_shared_memory(device: torch.device) -> bool:
+    """Compute capability 8.6, 8.9 and 12.x: 99 KiB a block, where the GPUs of data centres have 163 and more."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return major == 12 or (major, minor) in ((8, 6), (8, 9))
 
 
 def interpreting() -> bool:

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .configs import Config, padded
-from .launch import INTERPRET, Launch, upcast
+from .configs import padded
+from .launch import Launch, upcast
 from .prompt_attention import strides, tiles
 from .tiles import SIZES, load_rows, load_tile, matmul_input, split
 
@@ -105,10 +105,7 @@ def plan_nearest(key: Tensor, kept_key: Tensor, index: Tensor, survivor: Tensor,
     """The launch of the search."""
     batch, heads_kv, length, dim = key.shape
     count = kept_key.shape[2]
-    if INTERPRET:
-        config = configs.fit(configs.PINNED, length, count)
-    else:
-        config = configs.choose("nearest", key.element_size(), dim, length, count)
+    config = configs.choose("nearest", key, dim, length, count)
     number = tiles(length, config.rows)
     arguments = {
         "key": key, "kept": kept_key, "index": index, "survivor": survivor, "similarity": similarity,
@@ -126,7 +123,8 @@ def plan_merge(
 ) -> Launch:
     """The launch of the sums."""
     batch, heads_kv, count, dim = kept.shape
-    config = Config(rows=16, keys=0, warps=2, stages=1)
+    # How long a run is, the GPU alone knows: the tile is not fitted to it.
+    config = configs.choose("merge", x, dim, x.shape[2], 0)
     arguments = {
         "x": x, "kept": kept, "order": order, "starts": starts, "weight": weight, "merged": merged,
         "sx": strides(x), "sc": strides(kept), "sp": strides(order), "ss": strides(starts), "sw": strides(weight),

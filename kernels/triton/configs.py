@@ -1,18 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes of every kernel: chosen from shapes and dtypes alone, so that a result never depends on a timing.
+"""Tile sizes of every kernel: chosen from shapes, dtype and architecture alone, so that no result depends on a timing.
 
-The shipped table is written by hand from the compile gate (no spills, fits shared memory) and from measurements where
-there are any. `fastprompt warmup --tune` measures `CANDIDATES` on the GPU at hand and saves the winners to a file that
-`load` reads; nothing is ever tuned behind a user's back.
+`tables/` ships one file an architecture; every entry says where it comes from: a measurement (GPU, date), or the
+compile gate (``python -m bench.choose_tiles``). `fastprompt warmup --tune` measures the candidates on the GPU at hand
+and saves the winners to a file of the same form that `load` reads; nothing is ever tuned behind a user's back.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+#: Whether kernels are interpreted on the CPU; Triton decides that when they are decorated.
+INTERPRET = triton.knobs.runtime.interpret
+
+TABLES = Path(__file__).parent / "tables"
+
+#: Major compute capability -> the table that serves it. Where a GPU has none of its own, sm_80's does: its kernels ask
+#: for nothing newer, and for no more shared memory than the smallest of 8.x and 12.x has.
+ARCHITECTURES = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}
+
+HEADS = (64, 96, 128, 256)
+
+#: Kernel -> the largest size that each of its entries serves: head sizes; the number of prompts or the width, where a
+#: program of `diffuse_prompts` or `summarize_tokens` holds all of them; one entry where the tile depends on neither.
+SIZES: dict[str, tuple[int, ...]] = {
+    "forward": HEADS, "query": HEADS, "key_value": HEADS, "prompt": HEADS,
+    "branches": HEADS, "branches_query": HEADS, "branch": HEADS,
+    "scores": HEADS, "nearest": HEADS, "merge": (256,),
+    "diffuse": (128, 256, 512), "diffuse_rows": (128, 256, 512), "diffuse_prompt": (512,),
+    "summarize": (256, 512, 1024), "summarize_slopes": (1024,), "summarize_tokens": (1024,),
+}  # fmt: skip
 
 
 class Config(NamedTuple):
@@ -24,92 +50,47 @@ class Config(NamedTuple):
     stages: int
 
 
-KERNELS = ("forward", "query", "key_value", "prompt")
+class Entry(NamedTuple):
+    """A configuration, and where it comes from."""
+
+    config: Config
+    origin: str
+
 
 #: What the interpreter runs, and tests with it: small, so that few numbers still make several ragged tiles.
 PINNED = Config(rows=32, keys=32, warps=4, stages=1)
 
-#: (kernel, bytes of an element) -> the largest head size a configuration serves -> configuration.
-TABLE: dict[tuple[str, int], dict[int, Config]] = {
-    ("forward", 2): {
-        64: Config(128, 64, 8, 3), 96: Config(128, 32, 8, 1), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2),
-    },
-    ("query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    ("key_value", 2): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    ("prompt", 2): {64: Config(32, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    ("forward", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
-    ("query", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("key_value", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("prompt", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("scores", 2): {
-        32: Config(32, 128, 4, 3), 64: Config(64, 64, 4, 3), 128: Config(32, 128, 8, 3), 256: Config(64, 64, 8, 2),
-    },
-    ("scores", 4): {64: Config(32, 64, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
-    ("branches", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    ("branches_query", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
-    ("branch", 2): {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    ("branches", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("branches_query", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("branch", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("nearest", 2): {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
-    ("nearest", 4): {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
-    # Of `diffuse_prompts`: by the number of prompts, whose scores a program holds; keys are columns of a tile.
-    ("diffuse", 2): {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3), 512: Config(64, 32, 8, 2)},
-    ("diffuse_rows", 2): {128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 2), 512: Config(16, 32, 8, 2)},
-    ("diffuse_prompt", 2): {512: Config(64, 128, 8, 3)},
-    ("diffuse", 4): {128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1), 512: Config(16, 16, 8, 1)},
-    ("diffuse_rows", 4): {128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1), 512: Config(16, 16, 8, 1)},
-    ("diffuse_prompt", 4): {512: Config(32, 32, 8, 1)},
-    # Of `summarize_tokens`: the forward by the width, all of which a program holds; keys are tokens.
-    ("summarize", 2): {256: Config(32, 32, 4, 2), 512: Config(32, 32, 8, 2), 1024: Config(16, 32, 8, 2)},
-    ("summarize_slopes", 2): {0: Config(64, 64, 8, 3)},
-    ("summarize_tokens", 2): {0: Config(32, 64, 4, 3)},
-    ("summarize", 4): {256: Config(16, 16, 4, 1), 1024: Config(16, 16, 8, 1)},
-    ("summarize_slopes", 4): {0: Config(32, 32, 4, 2)},
-    ("summarize_tokens", 4): {0: Config(32, 32, 4, 2)},
-}  # fmt: skip
-
-#: What `fastprompt warmup --tune` tries for each kernel in half precision, beside the shipped configuration.
-CANDIDATES: dict[str, tuple[Config, ...]] = {
-    "forward": (
-        Config(64, 32, 4, 3), Config(64, 64, 4, 3), Config(64, 128, 4, 2), Config(128, 32, 4, 3),
-        Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 4, 2),
-    ),
-    "query": (
-        Config(64, 32, 4, 3), Config(64, 64, 4, 3), Config(64, 128, 8, 2), Config(128, 32, 4, 3),
-        Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(32, 64, 4, 2),
-    ),
-    "key_value": (
-        Config(32, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 128, 8, 2), Config(32, 128, 4, 3),
-        Config(64, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 4, 2),
-    ),
-    "prompt": (
-        Config(32, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 32, 4, 3),
-        Config(128, 32, 4, 3), Config(64, 64, 8, 2), Config(64, 128, 8, 2),
-    ),
-}  # fmt: skip
-
-_tuned: dict[str, Config] = {}
+_asked: dict[str, None] = {}
+_compiling_for: str | None = None
 
 
-def slot(kernel: str, itemsize: int, dim: int) -> str:
-    """The name under which a tuned configuration is kept."""
-    return f"{kernel}-{8 * itemsize}bit-d{dim}"
+@lru_cache
+def slot(kernel: str, itemsize: int, size: int) -> str:
+    """The name of the entry that serves a kernel for elements of ``itemsize`` bytes and a size of its problem."""
+    return f"{kernel}-{8 * itemsize}bit-d{next(largest for largest in SIZES[kernel] if size <= largest)}"
 
 
-def choose(kernel: str, itemsize: int, dim: int, rows: int, keys: int, masked: bool = False) -> Config:
-    """The configuration of a kernel, its tile no larger than the (padded) problem.
+def parse(name: str) -> tuple[str, int, int]:
+    """Kernel, bytes of an element and largest size of an entry that `slot` named."""
+    kernel, bits, size = name.split("-")
+    return kernel, int(bits.removesuffix("bit")) // 8, int(size.removeprefix("d"))
+
+
+def choose(kernel: str, x: Tensor, size: int, rows: int, keys: int, masked: bool = False) -> Config:
+    """The configuration of a kernel for the dtype and device of ``x``, its tile no larger than the (padded) problem.
 
     A mask takes registers for a tile of addresses and values; a smaller tile makes room for them.
     """
-    config = _tuned.get(slot(kernel, itemsize, dim))
-    if config is None:
-        config = next(c for largest, c in TABLE[kernel, itemsize].items() if dim <= largest)
+    name = slot(kernel, x.element_size(), size)
+    _asked[name] = None
+    if INTERPRET:
+        return fit(PINNED, rows, keys)
+    config = table(architecture(x.device))[name].config
     if masked:
         config = config._replace(rows=max(16, config.rows // 2))
         if kernel == "forward":
             config = config._replace(keys=max(16, config.keys // 2))
-        elif kernel == "key_value" and dim > 64:
+        elif kernel == "key_value" and size > 64:
             config = config._replace(stages=1)
     return fit(config, rows, keys)
 
@@ -124,34 +105,99 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length()) if size else 16
 
 
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """The table that serves a device; of a device that is not there, the one that is compiled for."""
+    if device.type != "cuda":
+        return _compiling_for or "sm_80"
+    if torch.version.hip is not None:
+        return "sm_80"
+    return ARCHITECTURES.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
 @contextmanager
-def override(name: str, config: Config) -> Iterator[None]:
-    """Use ``config`` for the slot ``name`` inside the context; how a tuner tries candidates."""
-    before = _tuned.get(name)
-    _tuned[name] = config
+def compiling_for(name: str) -> Iterator[None]:
+    """Inside, tensors without a GPU are configured for this architecture; how the compile gate asks."""
+    global _compiling_for
+    before, _compiling_for = _compiling_for, name
+    architecture.cache_clear()
+    try:
+        yield
+    finally:
+        _compiling_for = before
+        architecture.cache_clear()
+
+
+@contextmanager
+def asked() -> Iterator[dict[str, None]]:
+    """Collects the entries that launches inside the context ask for, in their order."""
+    _asked.clear()
+    yield _asked
+
+
+@lru_cache
+def table(name: str) -> dict[str, Entry]:
+    """The entries of an architecture: the shipped ones, and those that `load` put in their place."""
+    return read(TABLES / f"{name}.json")[1]
+
+
+@contextmanager
+def override(architecture: str, name: str, config: Config) -> Iterator[None]:
+    """Use ``config`` for one entry inside the context; how candidates are tried."""
+    entries = table(architecture)
+    before = entries.get(name)
+    entries[name] = Entry(config, "a candidate")
     try:
         yield
     finally:
         if before is None:
-            del _tuned[name]
+            del entries[name]
         else:
-            _tuned[name] = before
+            entries[name] = before
 
 
-def save(path: Path, found: dict[str, Config]) -> None:
-    """Write tuned configurations, beside those the file already holds."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known | {name: list(config) for name, config in found.items()}, indent=1) + "\n")
-
-
-def load(path: Path) -> dict[str, Config]:
-    """Use the configurations of a file that `save` wrote; returns them."""
+def read(path: Path) -> tuple[str, dict[str, Entry]]:
+    """Architecture and entries of a file that `write` wrote."""
     try:
-        found = {name: Config(*map(int, values)) for name, values in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        content = json.loads(path.read_text())
+        entries = {
+            name: Entry(Config(*map(int, numbers)), str(origin))
+            for name, (*numbers, origin) in content["tiles"].items()
+        }
+        if content["architecture"] not in ARCHITECTURES.values() or not entries.keys() <= slots():
+            raise ValueError("unknown names")
+        return content["architecture"], entries
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"{path}: damaged ({error}), expected what `fastprompt warmup --tune` writes; delete it, or tune again"
         ) from error
-    _tuned.update(found)
+
+
+def slots() -> set[str]:
+    """The names of all entries of a complete table."""
+    return {slot(kernel, itemsize, size) for kernel in SIZES for itemsize in (2, 4) for size in SIZES[kernel]}
+
+
+def write(path: Path, architecture: str, entries: dict[str, Entry]) -> None:
+    """Write a table, one line an entry, in the order of `SIZES`."""
+    lines = [f'  "{name}": {json.dumps([*entries[name].config, entries[name].origin])}' for name in _ordered(entries)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'{{"architecture": "{architecture}", "tiles": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8"
+    )
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (list(SIZES).index(parse(name)[0]), *parse(name)[1:]))
+
+
+def save(path: Path, architecture: str, found: dict[str, Entry]) -> None:
+    """Write tuned entries, beside those the file already holds."""
+    write(path, architecture, (read(path)[1] if path.exists() else {}) | found)
+
+
+def load(path: Path) -> dict[str, Entry]:
+    """Use the entries of a file that `save` wrote in place of the shipped ones; returns them."""
+    architecture, found = read(path)
+    table(architecture).update(found)
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import configs
 from .configs import Config, padded
 from .decoupled_attention_kernels import branch_kernel, branches_kernel, branches_query_kernel
-from .launch import INTERPRET, Launch, upcast
+from .launch import Launch, upcast
 from .prompt_attention import PROGRAMS, full_mask, plan_reduce, strides, tiles
 
 
@@ -48,16 +48,14 @@ class Problem:
     def config(self, kernel: str, keys: int) -> Config:
         """The configuration of one kernel, whose tile of keys is for branches of up to ``keys``."""
         _, _, rows, dim = self.query.shape
-        if INTERPRET:
-            return configs.fit(configs.PINNED, rows, keys)
         masked = any(x.mask is not None for x in self.branches)
-        return configs.choose(kernel, self.query.element_size(), dim, rows, keys, masked)
+        return configs.choose(kernel, self.query, dim, rows, keys, masked)
 
     def all_branches(self, kernel: str) -> tuple[dict, dict, Config]:
         """What both kernels that loop over branches take."""
         config = self.config(kernel, max(x.length for x in self.branches))
         heads, count = self.query.shape[1], tiles(self.query.shape[2], config.rows)
-        each = {
+        each: dict[str, list[Tensor | None]] = {
             "keys": [x.key for x in self.branches], "values": [x.value for x in self.branches],
             "weights": [x.weight for x in self.branches], "masks": [x.mask for x in self.branches],
         }  # fmt: skip

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .configs import Config, padded
+from .configs import INTERPRET, Config, padded
 from .diffuse_prompts_kernels import diffuse_kernel, diffuse_prompt_kernel, diffuse_rows_kernel
-from .launch import INTERPRET, Launch, upcast
+from .launch import Launch, upcast
 from .prompt_attention import PROGRAMS, REDUCE, tiles
 from .prompt_attention_backward import reduce_kernel
 
@@ -59,9 +59,7 @@ class Problem:
     def config(self, kernel: str) -> Config:
         """The configuration of one kernel; its ``keys`` are columns of a tile."""
         count, width = self.keys.shape
-        if INTERPRET:
-            return configs.fit(configs.PINNED, self.rows, width)
-        return configs.choose(kernel, self.x.element_size(), padded(count), self.rows, width)
+        return configs.choose(kernel, self.x, padded(count), self.rows, width)
 
     def inputs(self) -> dict[str, object]:
         """What both kernels that own tokens read."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import padded
-from .launch import INTERPRET, Launch, upcast
+from .launch import Launch, upcast
 from .prompt_attention import strides, tiles
 from .tiles import LOG2E, SIZES, load_rows, load_tile, matmul_input, safe_lse, split
 
@@ -97,10 +97,7 @@ def plan(
     """The launch."""
     batch, heads, tq, dim = query.shape
     heads_kv, tk = key.shape[1:3]
-    if INTERPRET:
-        config = configs.fit(configs.PINNED, tq, tk)
-    else:
-        config = configs.choose("scores", query.element_size(), dim, tq - query_start, tk)
+    config = configs.choose("scores", query, dim, tq - query_start, tk)
     masks = [None if x is None else x.view(torch.uint8) for x in (query_mask, key_mask)]
     count = tiles(tk, config.keys)
     arguments = {

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .configs import Config
-
-INTERPRET = triton.knobs.runtime.interpret
+from .configs import INTERPRET, Config
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import Config, padded
-from .launch import INTERPRET, Launch, upcast
+from .launch import Launch, upcast
 from .prompt_attention_backward import delta_kernel, key_value_kernel, prompt_kernel, query_kernel, reduce_kernel
 from .prompt_attention_forward import forward_kernel
 
@@ -76,10 +76,8 @@ class Problem:
 
     def config(self, kernel: str, rows: int, keys: int) -> Config:
         """The configuration of one kernel."""
-        if INTERPRET:
-            return configs.fit(configs.PINNED, rows, keys)
         masked = self.mask is not None and kernel != "prompt"
-        return configs.choose(kernel, self.query.element_size(), self.query.shape[3], rows, keys, masked)
+        return configs.choose(kernel, self.query, self.query.shape[3], rows, keys, masked)
 
     def inputs(self) -> dict[str, object]:
         """What both kernels that loop over keys read."""

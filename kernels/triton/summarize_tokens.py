@@ -11,7 +11,7 @@ from torch import Tensor
 from . import configs
 from .configs import Config, padded
 from .diffuse_prompts import plan_columns
-from .launch import INTERPRET, Launch, upcast
+from .launch import Launch, upcast
 from .prompt_attention import tiles
 from .summarize_tokens_kernels import summarize_kernel, summarize_slopes_kernel, summarize_tokens_kernel
 
@@ -44,10 +44,7 @@ class Problem:
         """The configuration of one kernel; that of `plan_columns` is in tokens and columns."""
         _, tokens, width = self.x.shape
         sizes = (self.rows, width) if kernel == "diffuse_prompt" else (self.summaries, tokens)
-        if INTERPRET:
-            return configs.fit(configs.PINNED, *sizes)
-        dim = width if kernel == "summarize" else 0
-        return configs.choose(kernel, self.x.element_size(), dim, *sizes)
+        return configs.choose(kernel, self.x, width if kernel == "summarize" else 0, *sizes)
 
     def inputs(self) -> dict[str, object]:
         """What all kernels read."""
