@@ -12,6 +12,7 @@ from test_decoupled_attention import cases
 from test_decoupled_attention_autograd import split
 
 from fastprompt.ops import decoupled_attention
+from fastprompt.ops.cpp import decoupled_attention as launcher
 
 pytestmark = needs_cpp
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,8 +40,12 @@ def test_many_rows_and_samples(isa):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_too_many_keys_for_one_pass(dtype, isa):  # noqa: F811
-    """Branch by branch: there is a limit on the keys of all together."""
-    check(make(dtype, 2, 2, 2, 40, 32, (500, 13)), impl="cpp")
+    """Branch by branch: there is a limit on the keys of all together, a lower one beside products on tiles."""
+    keys = make(dtype, 2, 2, 2, 40, 32, (180, 13)).keys
+    tiles = dtype == torch.bfloat16 and isa == "amx"
+    assert launcher.in_one_pass(keys, [False, False], [False, False]) != tiles
+    for lengths in ((180, 13), (500, 13)):
+        check(make(dtype, 2, 2, 2, 40, 32, lengths), impl="cpp")
 
 
 @given(needs=st.sets(st.sampled_from(list(make().tensors())), min_size=1))
