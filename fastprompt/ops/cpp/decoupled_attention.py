@@ -16,8 +16,8 @@ from fastprompt.ops.layouts import dense_rows
 
 #: Most keys of all branches for one pass: ``kMostBranchKeys`` of ``csrc/core/decoupled_attention.h``.
 _MOST_KEYS = 512
-#: And for bfloat16 where prompt attention has tiles, which are ahead on more. Measured with 512 here, `prompt_attention`
-#: being branch by branch: bench/results/decoupled_attention-one_pass.jsonl.
+#: And for bfloat16 where prompt attention has tiles, which are ahead on more. Measured with 512 here, beside a call of
+#: `prompt_attention` a branch: bench/results/decoupled_attention-one_pass.jsonl.
 _MOST_KEYS_BESIDE_TILES = 192
 
 
