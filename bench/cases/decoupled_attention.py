@@ -2,9 +2,9 @@
 """`decoupled_attention` on IP-Adapter's cross-attention shapes: text and image tokens, each with a softmax of its own.
 
 Providers: `sdpa` (one call a branch, the image branch scaled and added, as diffusers computes it; on the backend that
-PyTorch chooses, and on each by name), `xformers`, `flex` and `prompt_attention` (likewise), the reference `compiled`,
-and fastprompt. `floor` is the text branch alone. `shape` is ``sd15`` (8 heads of 40, 4 image tokens) or ``sdxl`` (10
-heads of 64, 16 image tokens), at 4096 queries a sample.
+PyTorch chooses, and on each by name), `xformers`, `flex` and `fastprompt/prompt_attention` (likewise), the reference
+`compiled`, and fastprompt. `floor` is the text branch alone. `shape` is ``sd15`` (8 heads of 40, 4 image tokens) or
+``sdxl`` (10 heads of 64, 16 image tokens), at 4096 queries a sample.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def build(
         **{f"sdpa/{n}": provider(on_backend(n, two_calls(sdpa)), no) for n, no in backends(device).items()},
         "flex": compiled(lambda: two_calls(flex()), no_flex(device, train)),
         "xformers": provider(two_calls(xformers), missing("xformers", device)),
-        "prompt_attention": provider(two_calls(_without_prompts)),
+        "fastprompt/prompt_attention": provider(two_calls(_without_prompts)),
         "compiled": compiled(lambda: torch.compile(fastprompt("reference"), dynamic=False)),
     }
     for impl in IMPLS:

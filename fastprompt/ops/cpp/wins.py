@@ -16,12 +16,12 @@ LEAST_ISA: dict[str, dict[str, str]] = {
     # bench/results/compress_kv-cpu.jsonl
     "compress_kv": {"float32": "avx512", "bfloat16": "amx", "float16": "avx512"},
     # bench/results/decoupled_attention-cpu.jsonl, -avx512.jsonl, -avx2.jsonl
-    "decoupled_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx512"},
+    "decoupled_attention": {"float32": "avx2", "bfloat16": "avx2", "float16": "avx2"},
     # bench/results/diffuse_prompts-cpu.jsonl
     "diffuse_prompts": {"float32": "avx512", "bfloat16": "amx"},
     # bench/results/key_scores-cpu.jsonl, -avx512.jsonl, -avx2.jsonl
     "key_scores": {"float32": "avx2", "bfloat16": "amx", "float16": "avx512"},
-    # bench/results/prompt_attention-cpu.jsonl, -avx512.jsonl, -avx2.jsonl
+    # bench/results/prompt_attention-cpu.jsonl, -avx512.jsonl, -avx2.jsonl; decode_attention-*.jsonl
     "prompt_attention": {"float32": "avx2", "bfloat16": "amx", "float16": "avx512"},
     # bench/results/prompt_attention_varlen-cpu.jsonl, -avx512.jsonl, -avx2.jsonl
     "prompt_attention_varlen": {"float32": "avx2", "bfloat16": "amx", "float16": "avx512"},
