@@ -55,7 +55,7 @@ def build(name: str, device: str, params: dict[str, Any], only: list[str] | None
     try:
         case = importlib.import_module(f"bench.cases.{name}").build(device, **params)
     except CannotRun as error:  # none of its providers can
-        return Case(name, {"fastprompt": Provider(list, why_not=str(error))}, "fastprompt", list, 0.0, params)
+        return Case(name, {"fastprompt": Provider(lambda: list, why_not=str(error))}, "fastprompt", list, 0.0, params)
     unknown = set(only or ()) - set(case.providers)
     if unknown:
         raise SystemExit(f"--providers: got {', '.join(unknown)}, expected some of {', '.join(case.providers)}")
