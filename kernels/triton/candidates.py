@@ -28,6 +28,8 @@ FLOAT = (
     Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 1), Config(32, 16, 8, 1),
     Config(16, 16, 8, 1),
 )  # fmt: skip
+#: Of a kernel that goes over the keys of every branch twice: larger tiles compile longer than a first call may take.
+TWICE_FLOAT = (Config(32, 16, 8, 1), Config(32, 16, 8, 2))
 WIDE_FLOAT = (
     Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 4, 1),
 )  # fmt: skip
@@ -85,7 +87,7 @@ def candidates(kernel: str, itemsize: int, size: int) -> tuple[Config, ...]:
         return OTHERS[kernel, itemsize]
     found: tuple[Config, ...]
     if itemsize == 4:
-        found = FLOAT if size <= 128 else WIDE_FLOAT
+        found = WIDE_FLOAT if size > 128 else TWICE_FLOAT if kernel == "branches_query" else FLOAT
     else:
         found = WIDE if size > 128 else FORWARD if kernel in LIGHT else BACKWARD
     return found if kernel in HOLD_ROWS else tuple(x._replace(rows=x.keys, keys=x.rows) for x in found)
