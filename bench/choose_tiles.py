@@ -157,7 +157,13 @@ def choose(slot: Slot) -> Config:
             break
         (usage, *_), forbidden = against(slot, config, [first])
         ranked = rank(slot, config, usage)
-        if not forbidden and (best is None or ranked > best[0]) and not against(slot, config, others)[1]:
+        if forbidden or (best and ranked <= best[0]):
+            continue
+        usages, forbidden = against(slot, config, others)
+        # It runs on every GPU that is served if all its variants do.
+        most = max((usage, *usages), key=lambda x: x.shared)
+        ranked = min(ranked, rank(slot, config, usage._replace(shared=most.shared)))
+        if not forbidden and (best is None or ranked > best[0]):
             best = ranked, config
     if best is None:
         raise RuntimeError(f"{slot}: no candidate passes the gate; add a smaller one to kernels/triton/candidates.py")

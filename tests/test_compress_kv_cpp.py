@@ -221,5 +221,5 @@ def test_auto_takes_what_was_measured_to_win(monkeypatch):
         (torch.float32, "scalar", "reference"), (torch.float32, "avx512", "cpp"), (torch.bfloat16, "amx", "cpp"),
         (torch.float16, "avx512", "cpp"), (torch.bfloat16, "avx512", "reference"), (torch.float64, "amx", "reference"),
     ):  # fmt: skip
-        monkeypatch.setattr("fastprompt.ops.cpp.wins.best_isa", lambda level=level: level)
+        monkeypatch.setattr("fastprompt.ops.cpp.extension.best_isa", lambda level=level: level)
         assert fastprompt.explain(compress_kv, *make(dtype), 4).impl == impl

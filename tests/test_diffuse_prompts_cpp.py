@@ -296,6 +296,6 @@ def test_auto_takes_what_was_measured_to_win(monkeypatch):
         (torch.float32, "scalar", "cpu"), (torch.float32, "avx512", "cpp"), (torch.bfloat16, "avx512", "cpu"),
         (torch.bfloat16, "amx", "cpp"), (torch.float64, "amx", "cpu"),
     ):  # fmt: skip
-        monkeypatch.setattr("fastprompt.ops.cpp.wins.best_isa", lambda level=level: level)
+        monkeypatch.setattr("fastprompt.ops.cpp.extension.best_isa", lambda level=level: level)
         choice = fastprompt.explain(diffuse_prompts, *make(dtype, width=300))
         assert choice.impl == impl, str(choice)
