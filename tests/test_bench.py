@@ -2,9 +2,9 @@
 """The benchmark suite on tiny versions of its cases."""
 
 import dataclasses
+import importlib
 import json
 import math
-import sys
 import time
 from itertools import pairwise
 
@@ -150,7 +150,8 @@ def test_cocoop_step_with_the_image_tower():
 
 @pytest.mark.parametrize("name", ["cocoop_step", "coop_text", "maple_step"])
 def test_what_would_not_fit_is_a_reason_with_an_estimate(name, monkeypatch):
-    monkeypatch.setattr(sys.modules[f"bench.cases.{name}"], "too_large", lambda n, device: too_large(n << 30, device))
+    case = importlib.import_module(f"bench.cases.{name}")
+    monkeypatch.setattr(case, "too_large", lambda n, device: too_large(n << 30, device))
     reasons = {n: p.why_not for n, p in build(name, "cpu", TINY[name]).providers.items()}
     assert reasons["fastprompt"] is None
     assert "activations need" in reasons["published"] and "GiB free" in reasons["published"]
