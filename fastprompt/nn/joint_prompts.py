@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprompt.nn.joint import Joint
 from fastprompt.nn.prompts import LayerPrompt, stamp_of
 
 
@@ -68,17 +69,15 @@ class Plain:
         return one if weight is None else one * weight, zero if bias is None else zero + bias
 
 
-class JointPrompts:
-    """Computes keys and values of all its prompts at the start of a training step, and hands each layer its share.
+class JointPrompts(Joint[LayerPrompt, tuple[Tensor, Tensor]]):
+    """Keys and values ``[Hkv,P,D]`` of the prompts of many layers, where a step computes them anew.
 
-    ``K_p, V_p = W_kv norm(p)`` of L layers take two dozen launches a layer, forward and backward, on matrices of a few
-    rows: a GPU waits for them longer than it computes. Here they are one stack of rows ``[L,P,C]``, one norm and one
-    batched product with the layers' frozen weights, of which a stacked copy is kept (``2 L Hkv D C`` numbers) until
-    one of them changes. Layers that are more than a layer norm and linear projections, or differ in shape, compute
-    their own as before (`LayerPrompt.key_value`), and so does whatever runs outside the tower's forward.
+    ``K_p, V_p = W_kv norm(p)`` of L layers are one stack of rows ``[L,P,C]``, one norm and one batched product with the
+    layers' frozen weights, of which a stacked copy is kept (``2 L Hkv D C`` numbers) until one of them changes. Layers
+    that are more than a layer norm and linear projections, or differ in shape, compute their own.
 
     Args:
-        prompts: In layer order, at least one; those whose rows run as tokens are left out.
+        prompts: In layer order; those whose rows run as tokens are left out.
 
     Example:
         >>> weight = torch.randn(2, 8, 8)
@@ -91,66 +90,37 @@ class JointPrompts:
         >>> prompts = [ProjectedPrompt(torch.randn(5, 8), Layer()) for _ in range(3)]
         >>> joint = JointPrompts(prompts)
         >>> joint.begin()
-        >>> keys, values = joint.key_value(prompts[2])
+        >>> keys, values = joint.share(prompts[2])
         >>> torch.allclose(keys, prompts[2].site.project(prompts[2].prompt)[0], atol=1e-5)
         True
     """
 
     def __init__(self, prompts: Sequence[LayerPrompt]):
-        self.prompts = [p for p in prompts if not p.inserted]
-        self._inside = False
+        super().__init__([p for p in prompts if not p.inserted])
         self.weights: tuple[tuple, tuple[Tensor, ...]] | None = None
-        self._shares: dict[LayerPrompt, tuple[Tensor, Tensor]] = {}
-        self.taken: set[LayerPrompt] = set()
 
     def __getstate__(self) -> dict:
-        # Shares belong to an autograd graph, which neither copies nor pickles.
-        return {**vars(self), "_inside": False, "weights": None, "_shares": {}, "taken": set()}
+        return {**super().__getstate__(), "weights": None}
 
-    def begin(self, *args) -> None:
-        """A hook before the tower's forward: a graph serves one backward pass, so that a step starts a new one.
-
-        What is shared is computed here and not by the first layer that asks, since a layer may be one that runs again
-        in the backward pass, and what it reads of others must not be computed inside it.
-        """
-        if torch.compiler.is_compiling():  # a compiler merges what it sees
-            return
-        self._shares, self.taken, self._inside = {}, set(), True
-        if len(self.prompts) > 1 and all(p.tracked() and not p.drops() for p in self.prompts):
-            plains = [p.site.plain() for p in self.prompts]
-            first = plains[0]
-            if first is not None and all(x is not None and x.alike() == first.alike() for x in plains):
-                self._compute([x for x in plains if x is not None])
-
-    def end(self, *args) -> None:
-        """A hook behind the tower's forward: from here on, only layers that the backward pass runs again are served."""
-        if not torch.compiler.is_compiling():
-            self._inside = False
-
-    def key_value(self, prompt: LayerPrompt) -> tuple[Tensor, Tensor] | None:
-        """Keys and values ``[Hkv,P,D]`` of a layer's prompt, None where it is to compute its own."""
-        # A layer that runs again must read what it read, or it saves other tensors than the first time.
-        again = prompt in self.taken and torch._C._current_graph_task_id() != -1
-        if prompt not in self._shares or not (self._inside or again):
+    def compute(self) -> Sequence[tuple[Tensor, Tensor]] | None:
+        """Keys and values of every layer; None where nothing learns, since each layer then keeps its own."""
+        if not all(p.tracked() and not p.drops() for p in self.members):
             return None
-        self.taken.add(prompt)
-        return self._shares[prompt]
-
-    def _compute(self, plains: list[Plain]) -> None:
-        weight, bias, scale, shift = self._stacked(plains)
-        first, site = plains[0], self.prompts[0].site
+        plains = [p.site.plain() for p in self.members]
+        first = plains[0]
+        if first is None or any(x is None or x.alike() != first.alike() for x in plains):
+            return None
+        weight, bias, scale, shift = self._stacked([x for x in plains if x is not None])
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
-            rows = torch.stack([p.learned() for p in self.prompts]).to(site.dtype).to(wide)
+            rows = torch.stack([p.learned() for p in self.members]).to(self.members[0].site.dtype).to(wide)
             if first.norm is not None:
                 rows = nn.functional.layer_norm(rows, rows.shape[-1:], eps=first.norm[2])
                 rows = torch.addcmul(shift, rows, scale)
             both = torch.baddbmm(bias, rows.to(weight.dtype), weight.mT)
-        # [L,P,2,Hkv,D]
-        both = both.unflatten(-1, (2, first.heads, -1))
-        keys, values = (both[:, :, i].transpose(1, 2) for i in range(2))
-        pairs = zip(keys.unbind(), values.unbind(), strict=True)
-        self._shares = dict(zip(self.prompts, pairs, strict=True))
+        both = both.unflatten(-1, (2, first.heads, -1))  # [L,P,2,Hkv,D]
+        keys, values = (both[:, :, i].transpose(1, 2).unbind() for i in range(2))
+        return list(zip(keys, values, strict=True))
 
     def _stacked(self, plains: list[Plain]) -> tuple[Tensor, ...]:
         """Weight ``[L,2 Hkv D,C]`` and bias ``[L,1,2 Hkv D]`` in the dtype that a linear layer multiplies in, scale and

@@ -84,7 +84,7 @@ class LayerPrompt(nn.Module):
         if torch.compiler.is_compiling():
             return self.site.project(self.rows())
         if self.tracked() or self.drops():
-            found = None if self.joint is None else self.joint.key_value(self)
+            found = None if self.joint is None else self.joint.share(self)
             return self.site.project(self.rows()) if found is None else found
         stamp = stamp_of(self._tensors())
         if self._kept is None or self._kept[0] != stamp:
