@@ -136,13 +136,15 @@ def test_save_and_load(tmp_path, options):
 def test_bake_keeps_the_numbers(tmp_path, zero_init):
     model = build("ViT")
     handle = attach(model, zero_init=zero_init)
-    want = outputs(model)
+    with torch.no_grad():
+        want = outputs(model)
     assert same(outputs(handle.bake().model), want)
     assert handle.num_trainable == 0
     handle.save(tmp_path)
     handle.detach()
     fastprompt.load(model, tmp_path)
-    assert same(outputs(model), want)
+    with torch.no_grad():  # a training step computes the keys of all layers in one product
+        assert same(outputs(model), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -19,7 +19,10 @@ from fastprompt.hf.holds import Freeze, OwnConfigs
 from fastprompt.hf.outputs import attention_towers, find_outputs
 from fastprompt.hf.sites import Tower, choose_tower, find_sites
 from fastprompt.hf.tokens import install_rows, reach_checkpointed
+from fastprompt.nn.diffused import DiffusedPrompt, JointKeys
+from fastprompt.nn.joint_prompts import JointPrompts
 from fastprompt.nn.prefix import PrefixEncoder
+from fastprompt.nn.prompts import LayerPrompt
 
 
 def attach(model: PreTrainedModel, config: Any, *, tower: str | None = None, train: Sequence[str] = ()) -> Handle:
@@ -167,6 +170,7 @@ class Handle:
         else:
             self._hooks += install_rows(sites)
             self._hooks.append(self.tower.module.register_forward_pre_hook(_check_attention))
+        self._join()
         self._hooks += [
             self.tower.module.register_forward_pre_hook(m.begin)
             for prompt in self._prompts.values()
@@ -175,6 +179,17 @@ class Handle:
         ]
         self.sites = sites
         self.attached = True
+
+    def _join(self) -> None:
+        """Let layers compute together what their prompts' small matrices give."""
+        for kind, joint in ((LayerPrompt, JointPrompts), (DiffusedPrompt, JointKeys)):
+            prompts: list[Any] = [p for p in self._prompts.values() if isinstance(p, kind)]
+            together = joint(prompts)
+            for prompt in prompts:
+                prompt.joint = together
+            if prompts:
+                self._hooks.append(self.tower.module.register_forward_pre_hook(together.begin))
+                self._hooks.append(self.tower.module.register_forward_hook(together.end, always_call=True))
 
     def _restore(self) -> None:
         for hook in self._hooks:

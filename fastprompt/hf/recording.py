@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from fastprompt.nn.joint_prompts import Linear, Plain
 
 KEY_NAMES = ("k_proj", "key", "to_k", "k")
 
@@ -28,7 +31,9 @@ class Projection:
     def split(self, x: Tensor) -> Tensor:
         """Heads ``[H,P,D]`` of the linear layer's output."""
         if self.columns is not None:
-            x = x[..., self.columns.to(x.device)]
+            # Moved once: a copy to a GPU waits for it.
+            self.columns = self.columns.to(x.device)
+            x = x[..., self.columns]
         if self.norm is not None and self.norm_before_split:
             x = self.norm(x)
         x = x.unflatten(-1, (self.heads, -1))
@@ -66,10 +71,38 @@ class Projections:
             return self.key.split(both), self.value.split(both)
         return self.key(rows), self.value(rows)
 
+    def plain(self) -> Plain | None:
+        """The same as tensors; None where a module is more than its frozen tensors say: of another class, trained,
+        hooked, wrapped, or spread over devices.
+        """
+        norm, key, value = next(iter(self.before), None), self.key, self.value
+        linears = (key.linear, value.linear)
+        modules = [*self.before, *linears]
+        if len(self.before) > 1 or key.norm is not None or value.norm is not None or key.heads != value.heads:
+            return None
+        if not (norm is None or type(norm) is nn.LayerNorm) or any(type(x) is not nn.Linear for x in linears):
+            return None
+        if any(not _is_plain(module) for module in modules):
+            return None
+        found = [cast(nn.Linear, x) for x in linears]
+        pair = [Linear(x.weight, x.bias, part.columns) for x, part in zip(found, (key, value), strict=True)]
+        return Plain(pair[0], pair[1], key.heads, None if norm is None else (norm.weight, norm.bias, norm.eps))
+
     def weights(self) -> tuple[Tensor, ...]:
         """The tensors that a call reads."""
         modules = (*self.before, self.key.linear, self.key.norm, self.value.linear, self.value.norm)
         return tuple(p for m in modules if m is not None for p in m.parameters())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its class says, with frozen weights that are there."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    # Anything but a plain tensor is quantised, sharded or offloaded.
+    there = all(
+        type(p) is nn.Parameter and p.is_floating_point() and not (p.requires_grad or p.is_meta)
+        for p in module.parameters()
+    )
+    return there and not hooked
 
 
 class Missing(Exception):

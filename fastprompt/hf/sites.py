@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastprompt.errors import UnsupportedModelError
 from fastprompt.hf.attention import CHILD, observe
 from fastprompt.hf.recording import KEY_NAMES, Missing, Projections, Recorder
+from fastprompt.nn.joint_prompts import Plain
 
 KINDS = {"pixel_values": "vision", "input_ids": "text"}
 TOWERS = ("vision", "text", "joint")
@@ -75,6 +76,10 @@ class Site:
     def weights(self) -> tuple[Tensor, ...]:
         """The tensors that `project` reads."""
         return () if self.projections is None else self.projections.weights()
+
+    def plain(self) -> Plain | None:
+        """The projections as tensors, where frozen tensors are all there is to them."""
+        return None if self.projections is None else self.projections.plain()
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[Hkv,P,D]`` of rows ``[P,C]`` at the layer's input."""

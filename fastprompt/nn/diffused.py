@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from fastprompt.nn.joint import Joint
+from fastprompt.ops.checks import without_autocast
 from fastprompt.ops.diffuse_prompts import diffuse, prompt_keys
 
 
@@ -64,6 +68,7 @@ class DiffusedPrompt(nn.Module):
         self.register_buffer("values", None, persistent=False)
         self.register_buffer("keys", None, persistent=False)
         self._entered: Tensor | None = None
+        self.joint: JointKeys | None = None
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -84,7 +89,8 @@ class DiffusedPrompt(nn.Module):
     def _read(self) -> tuple[Tensor, Tensor]:
         """Values and keys ``[P,C]`` of this step."""
         values = self.prompt if self.gate is None else self.gate * self.prompt
-        return values, prompt_keys(self.prompt, self.down, self.up)
+        keys = None if self.joint is None else self.joint.share(self)
+        return values, prompt_keys(self.prompt, self.down, self.up) if keys is None else keys
 
     def key_value(self) -> None:
         """No prompt enters the softmax."""
@@ -105,3 +111,18 @@ class DiffusedPrompt(nn.Module):
         self.requires_grad_(False)
         with torch.no_grad():
             self.values, self.keys = (t.clone() for t in self._read())
+
+
+class JointKeys(Joint[DiffusedPrompt, Tensor]):
+    """Keys ``[P,C]`` of the prompts of many layers, in one batched key map: see `fastprompt.nn.joint.Joint`."""
+
+    def compute(self) -> Sequence[Tensor] | None:
+        """Keys of every layer; None where they are baked, or layers differ in shape."""
+        if any(p.keys is not None for p in self.members):
+            return None
+        maps = [(p.prompt, p.down, p.up) for p in self.members]
+        kinds = {tuple((x.shape, x.dtype, x.device) for x in of_layer) for of_layer in maps}
+        if len(kinds) > 1:
+            return None
+        with without_autocast(maps[0][0].device.type):
+            return prompt_keys(*(torch.stack(x) for x in zip(*maps, strict=True))).unbind()

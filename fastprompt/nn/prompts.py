@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fastprompt.nn.decoupled import Split
+    from fastprompt.nn.joint_prompts import JointPrompts, Plain
 
 
 class Site(Protocol):
@@ -22,6 +23,9 @@ class Site(Protocol):
 
     def weights(self) -> tuple[Tensor, ...]:
         """The tensors that `project` reads."""
+
+    def plain(self) -> Plain | None:
+        """The same as tensors, where frozen tensors are all there is to it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,6 +52,7 @@ class LayerPrompt(nn.Module):
         self.length, self.site, self.inserted = length, site, inserted
         # In a tuple it is not a submodule.
         self._split = () if split is None else (split,)
+        self.joint: JointPrompts | None = None
         self._kept: tuple[tuple, tuple[Tensor, Tensor]] | None = None
         self._baked = False
 
@@ -56,29 +61,40 @@ class LayerPrompt(nn.Module):
         """How rows read each other, where not in one softmax."""
         return next(iter(self._split), None)
 
+    def learned(self) -> Tensor:
+        """The prompt's rows ``[P,C]``."""
+        raise NotImplementedError
+
     def rows(self) -> Tensor:
         """The prompt's rows ``[P,C]`` in the dtype of the layer's input."""
-        raise NotImplementedError
+        return self.learned().to(self.site.dtype)
 
     def own(self) -> tuple[Tensor, ...]:
         """The learned tensors that `rows` reads."""
         raise NotImplementedError
 
-    def _drops(self) -> bool:
+    def drops(self) -> bool:
+        """Whether elements are dropped at random."""
         return False
 
     def key_value(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values ``[Hkv,P,D]`` of this step, or None where the rows run as tokens."""
         if self.inserted:
             return None
-        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors())
-        if torch.compiler.is_compiling() or self._drops() or tracked:
+        if torch.compiler.is_compiling():
             return self.site.project(self.rows())
+        if self.tracked() or self.drops():
+            found = None if self.joint is None else self.joint.share(self)
+            return self.site.project(self.rows()) if found is None else found
         stamp = stamp_of(self._tensors())
         if self._kept is None or self._kept[0] != stamp:
             with torch.no_grad():
                 self._kept = (stamp, self.site.project(self.rows()))
         return self._kept[1]
+
+    def tracked(self) -> bool:
+        """Whether autograd follows what keys and values are computed of."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors())
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (*self.own(), *self.site.weights())
@@ -156,16 +172,15 @@ class ProjectedPrompt(LayerPrompt):
         length, width = self.prompt.shape
         return f"length={length}, width={width}, dropout={self.dropout}, inserted={self.inserted}, baked={self._baked}"
 
-    def rows(self) -> Tensor:
-        """The prompt's rows ``[P,C]`` in the dtype of the layer's input."""
+    def learned(self) -> Tensor:
+        """The prompt's rows ``[P,C]``, as they are or projected, with some dropped."""
         rows: Tensor = self.prompt
         for projection in self._projection:
             rows = projection(rows)
-        if self._drops():
-            rows = nn.functional.dropout(rows, self.dropout)
-        return rows.to(self.site.dtype)
+        return nn.functional.dropout(rows, self.dropout) if self.drops() else rows
 
-    def _drops(self) -> bool:
+    def drops(self) -> bool:
+        """Whether elements are dropped at random."""
         return self.dropout > 0 and self.training and not self._baked
 
     def own(self) -> tuple[Tensor, ...]:
@@ -201,9 +216,9 @@ class ComputedPrompt(LayerPrompt):
         """What ``print(model)`` shows."""
         return f"length={self.length}, inserted={self.inserted}"
 
-    def rows(self) -> Tensor:
-        """The computed rows ``[P,C]`` in the dtype of the layer's input."""
-        return self._function().to(self.site.dtype)
+    def learned(self) -> Tensor:
+        """The computed rows ``[P,C]``."""
+        return self._function()
 
     def own(self) -> tuple[Tensor, ...]:
         """The tensors that the rows are computed of."""

@@ -116,9 +116,12 @@ diffuse_prompts.resolve = _resolve  # type: ignore[attr-defined]
 
 
 def prompt_keys(prompts: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Keys ``[P,C]`` of prompts: ``prompts + (prompts down^T) up^T``, in float32 (float64 for float64 prompts)."""
+    """Keys ``[...,P,C]`` of prompts, of one layer or of many: ``prompts + (prompts down^T) up^T``, in float32 (float64
+    for float64 prompts).
+    """
     prompts, down, up = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (prompts, down, up))
-    return torch.addmm(prompts, prompts @ down.T, up.T)
+    multiply = torch.addmm if prompts.dim() == 2 else torch.baddbmm
+    return multiply(prompts, prompts @ down.mT, up.mT)
 
 
 def _prepare(x, base, prompts, down, up, log_scale, activation, weight) -> tuple[Tensor, ...]:
