@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprompt import config
+from fastprompt.ops.direct import PLAIN
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: The five tensors of prompt attention.
 NAMES = ("query", "key", "value", "prompt_key", "prompt_value")
+
+#: Signatures that are remembered before all are forgotten.
+MOST_SIGNATURES = 4096
+
+_passed: set[tuple] = set()
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -108,6 +116,51 @@ def check_attention(
     ``layout`` is that of the query, ``"[B,H,T,D]"`` or ``"[T,H,D]"``; ``others`` must be on the same device.
     """
     tensors = (query, key, value, prompt_key, prompt_value)
+    known = signature((*tensors, *others.values()), layout)
+    if known is None or known not in _passed:
+        tensors = _check_attention(*tensors, layout, others)
+        remember(known)
+    else:
+        *instance, prompt_key, prompt_value = tensors
+        if known[1] is not None:
+            instance = list(autocast(*instance))
+            prompt_key, prompt_value = (p if p.dtype == torch.float32 else autocast(p)[0] for p in tensors[3:])
+        tensors = (*instance, *(p if p.dim() == 4 else p.unsqueeze(0) for p in (prompt_key, prompt_value)))
+    if config.DEBUG and not torch.compiler.is_compiling():
+        check_finite(tensors[3], name="prompt_key")
+        check_finite(tensors[4], name="prompt_value")
+    return tensors
+
+
+def signature(tensors: Sequence[Any], *settings: Any) -> tuple | None:
+    """What checks of shapes, dtypes, devices and hashable settings depend on; None where there is more to it.
+
+    Its second entry is the dtype of autocast. A call like one that passed is not checked again: checks cost the host
+    more than a launch.
+    """
+    if torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN:
+        return None
+    found = [settings, autocast_dtype(tensors[0].device.type)]
+    for x in tensors:
+        if type(x) in PLAIN:
+            found += (x.shape, x.dtype, x.device)
+        elif x is None:
+            found.append(None)
+        else:
+            return None
+    return tuple(found)
+
+
+def remember(known: tuple | None) -> None:
+    """Checks passed for this `signature`."""
+    if known is not None:
+        if len(_passed) >= MOST_SIGNATURES:
+            _passed.clear()
+        _passed.add(known)
+
+
+def _check_attention(query, key, value, prompt_key, prompt_value, layout: str, others: dict) -> tuple:
+    tensors = (query, key, value, prompt_key, prompt_value)
     rank = layout.count(",") + 1
     for name, x in zip(NAMES, tensors, strict=True):
         check_tensor(name, x)
@@ -138,9 +191,6 @@ def check_attention(
         raise ValueError(
             f"query: got {heads} heads for {heads_kv} key heads, expected a multiple (grouped-query attention)"
         )
-    if config.DEBUG and not torch.compiler.is_compiling():
-        check_finite(prompt_key, name="prompt_key")
-        check_finite(prompt_value, name="prompt_value")
     return query, key, value, prompt_key, prompt_value
 
 
@@ -158,16 +208,22 @@ def readable(x: Tensor) -> bool:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast float32 tensors to the autocast dtype, where autocast is on, as PyTorch's own attention does."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast casts to on this kind of device; None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def without_autocast(device: str) -> AbstractContextManager:
     """Keep autocast from casting inside an operation that chose its dtypes with `autocast`."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # A context costs the host as much as a launch; where autocast is off there is nothing to keep it from.
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def check_finite(*tensors: Tensor, name: str = "prompts") -> None:
