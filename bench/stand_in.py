@@ -42,7 +42,7 @@ class Arrived(NamedTuple):
 
 
 class Launcher(CudaLauncher):
-    """Triton's launcher, which reports while somebody `listen`\\ s."""
+    """Triton's launcher, which reports inside `listen`."""
 
     heard: list[Arrived] | None = None
 

@@ -113,7 +113,9 @@ class Plan:
         outputs = [torch.empty_strided(*shape, dtype=dtype, device=device) for *shape, dtype in self.outputs]
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device) if self.workspace else None
         if INTERPRET:
-            self._first(inputs, outputs, workspace, self.steps)
+            tensors = self.tensors(inputs, outputs, workspace)
+            for step in self.steps:
+                step.first(tensors)
             return outputs
         driver = triton.runtime.driver.active
         current = driver.get_current_device()
@@ -131,15 +133,14 @@ class Plan:
             addresses += [(begin if i is None else addresses[i]) + offset for i, offset, _ in self.others]
         for step in self.steps:
             if step.compiled is None:
-                self._first(inputs, outputs, workspace, [step])
+                step.first(self.tensors(inputs, outputs, workspace))
             else:
                 step.compiled(*step.arguments(addresses), stream=stream)
 
-    def _first(self, inputs, outputs, workspace, steps: list[Step]) -> None:
-        tensors = [*inputs, *outputs]
-        tensors += [_view(workspace if i is None else tensors[i], offset, dtype) for i, offset, dtype in self.others]
-        for step in steps:
-            step.first(tensors)
+    def tensors(self, inputs, outputs, workspace: Tensor | None) -> list:
+        """A tensor for every address, in their order."""
+        found = [*inputs, *outputs]
+        return found + [_view(workspace if i is None else found[i], *where) for i, *where in self.others]
 
 
 _plans: dict[tuple, Plan] = {}
