@@ -115,28 +115,21 @@ def check_attention(
 
     ``layout`` is that of the query, ``"[B,H,T,D]"`` or ``"[T,H,D]"``; ``others`` must be on the same device.
     """
-    tensors = (query, key, value, prompt_key, prompt_value)
-    known = signature((*tensors, *others.values()), layout)
-    if known is None or known not in _passed:
-        tensors = _check_attention(*tensors, layout, others)
+    known = signature((query, key, value, prompt_key, prompt_value, *others.values()), layout)
+    if not passed(known):
+        _check_attention(query, key, value, prompt_key, prompt_value, layout, others)
         remember(known)
-    else:
-        *instance, prompt_key, prompt_value = tensors
-        if known[1] is not None:
-            instance = list(autocast(*instance))
-            prompt_key, prompt_value = (p if p.dtype == torch.float32 else autocast(p)[0] for p in tensors[3:])
-        tensors = (*instance, *(p if p.dim() == 4 else p.unsqueeze(0) for p in (prompt_key, prompt_value)))
+    query, key, value, prompt_key, prompt_value = _as_kernels_read(query, key, value, prompt_key, prompt_value)
     if config.DEBUG and not torch.compiler.is_compiling():
-        check_finite(tensors[3], name="prompt_key")
-        check_finite(tensors[4], name="prompt_value")
-    return tensors
+        check_finite(prompt_key, name="prompt_key")
+        check_finite(prompt_value, name="prompt_value")
+    return query, key, value, prompt_key, prompt_value
 
 
 def signature(tensors: Sequence[Any], *settings: Any) -> tuple | None:
     """What checks of shapes, dtypes, devices and hashable settings depend on; None where there is more to it.
 
-    Its second entry is the dtype of autocast. A call like one that passed is not checked again: checks cost the host
-    more than a launch.
+    A call like one that passed is not checked again: checks cost the host more than a launch.
     """
     if torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN:
         return None
@@ -151,6 +144,11 @@ def signature(tensors: Sequence[Any], *settings: Any) -> tuple | None:
     return tuple(found)
 
 
+def passed(known: tuple | None) -> bool:
+    """Whether a call of this `signature` passed its checks before."""
+    return known is not None and known in _passed
+
+
 def remember(known: tuple | None) -> None:
     """Checks passed for this `signature`."""
     if known is not None:
@@ -159,7 +157,7 @@ def remember(known: tuple | None) -> None:
         _passed.add(known)
 
 
-def _check_attention(query, key, value, prompt_key, prompt_value, layout: str, others: dict) -> tuple:
+def _check_attention(query, key, value, prompt_key, prompt_value, layout: str, others: dict) -> None:
     tensors = (query, key, value, prompt_key, prompt_value)
     rank = layout.count(",") + 1
     for name, x in zip(NAMES, tensors, strict=True):
@@ -168,13 +166,11 @@ def _check_attention(query, key, value, prompt_key, prompt_value, layout: str, o
         if x.dim() not in ((3, 4) if is_prompt else (rank,)):
             expected = "[Hkv,P,D] or [G,Hkv,P,D]" if is_prompt else layout
             raise ValueError(f"{name}: got rank {x.dim()} (shape {list(x.shape)}), expected {expected}")
-    query, key, value = autocast(query, key, value)
-    prompt_key, prompt_value = (p if p.dtype == torch.float32 else autocast(p)[0] for p in (prompt_key, prompt_value))
+    given = (key, value, prompt_key, prompt_value)
+    query, key, value, prompt_key, prompt_value = _as_kernels_read(*tensors)
     check_dtypes(NAMES, (query, key, value, prompt_key, prompt_value), prompts=NAMES[3:])
     check_device(**dict(zip(NAMES, tensors, strict=True)), **others)
     heads, heads_kv = query.shape[1], key.shape[1]
-    given = (key, value, prompt_key, prompt_value)
-    prompt_key, prompt_value = (p if p.dim() == 4 else p.unsqueeze(0) for p in (prompt_key, prompt_value))
     # Packed keys have the rows of the query; those of a batch have their own number.
     instance = (*query.shape[:1], heads_kv, *key.shape[2:-1], query.shape[-1])
     prompts = (prompt_key.shape[0], heads_kv, prompt_key.shape[2], query.shape[-1])
@@ -191,7 +187,12 @@ def _check_attention(query, key, value, prompt_key, prompt_value, layout: str, o
         raise ValueError(
             f"query: got {heads} heads for {heads_kv} key heads, expected a multiple (grouped-query attention)"
         )
-    return query, key, value, prompt_key, prompt_value
+
+
+def _as_kernels_read(query, key, value, *prompts):
+    """The five tensors of prompt attention under autocast, prompts with their bank axis."""
+    learned = (p if p.dtype == torch.float32 else autocast(p)[0] for p in prompts)
+    return *autocast(query, key, value), *(p if p.dim() == 4 else p.unsqueeze(0) for p in learned)
 
 
 def has_values(x: Tensor) -> bool:

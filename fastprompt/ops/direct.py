@@ -17,6 +17,9 @@ from torch.autograd import Function
 #: Types without a dispatch of their own.
 PLAIN = frozenset((Tensor, nn.Parameter))
 
+#: Of every argument: 1 a tensor, None what is none, and below zero a list of tensors (-1 an empty one).
+Layout = tuple[int | None, ...]
+
 
 class Direct:
     """A registered operation that plain eager calls run directly.
@@ -40,21 +43,21 @@ class Direct:
         """The outputs of the operation."""
         if torch.compiler.is_compiling() or _watched():
             return self.operation(*args)
-        tensors = _flat(args)
-        if not _plain(tensors):
+        tensors, layout = _apart(args)
+        if not PLAIN.issuperset(map(type, tensors)):
             return self.operation(*args)
         if self.function is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
             return self.forward(*args)
-        layout: list[tuple] = []
-        outputs = self.function(args, layout, *tensors)
-        return outputs if isinstance(outputs, Tensor) else tuple(_nest(outputs, layout[0]))
+        of_outputs: list[Layout] = []
+        outputs = self.function(args, layout, of_outputs, *tensors)
+        return outputs if isinstance(outputs, Tensor) else tuple(_nest(outputs, of_outputs[0]))
 
 
 def run_backward(operation: Callable, launcher: Callable, *args: Any) -> Any:
     """What ``operation(*args)`` gives, by its launcher where nobody sees it; under ``create_graph`` autograd does."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched() or not _plain(_flat(args)):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched():
         return operation(*args)
-    return launcher(*args)
+    return launcher(*args) if PLAIN.issuperset(map(type, _apart(args)[0])) else operation(*args)
 
 
 def _watched() -> bool:
@@ -70,55 +73,48 @@ def _watched() -> bool:
 def _function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """The operation for autograd, which sees the tensors alone: arguments and outputs may be lists of them."""
 
-    def run(ctx, args, layout, *tensors):
-        inputs = _layout(args)
-        ctx.needs_input_grad = tuple(_nest(ctx.needs_input_grad[2:], inputs))
+    def run(ctx, args, layout, of_outputs, *tensors):
+        ctx.needs_input_grad = tuple(_nest(ctx.needs_input_grad[3:], layout))
         outputs = forward(*args)
         setup_context(ctx, args, outputs)
-        ctx.layouts = inputs, _layout(outputs)
-        layout.append(ctx.layouts[1])
-        return outputs if isinstance(outputs, Tensor) else tuple(_flat(outputs))
+        found, its_layout = _apart((outputs,) if isinstance(outputs, Tensor) else outputs)
+        ctx.layouts = layout, its_layout
+        of_outputs.append(its_layout)
+        return outputs if isinstance(outputs, Tensor) else tuple(found)
 
     def back(ctx, *grads):
-        inputs, outputs = ctx.layouts
-        found = backward(ctx, *_nest(grads, outputs))
-        return None, None, *(x for part, size in zip(found, inputs, strict=True) for x in _entries(part, size))
+        layout, of_outputs = ctx.layouts
+        found: list[Any] = [None, None, None]
+        for part, size in zip(backward(ctx, *_nest(grads, of_outputs)), layout, strict=True):
+            if size == 1:
+                found.append(part)
+            elif size is not None:
+                found += part
+        return tuple(found)
 
-    return type(name, (Function,), {"forward": staticmethod(run), "backward": staticmethod(back)}).apply
+    function: Any = type(name, (Function,), {"forward": staticmethod(run), "backward": staticmethod(back)})
+    return function.apply
 
 
-def _flat(args: Sequence[Any]) -> list[Tensor]:
-    """The tensors among arguments, and in the lists among them."""
-    found = []
+def _apart(args: Sequence[Any]) -> tuple[list[Tensor], Layout]:
+    """The tensors among arguments and in the lists among them, and where they were."""
+    tensors: list[Tensor] = []
+    layout: list[int | None] = []
     for x in args:
         if isinstance(x, Tensor):
-            found.append(x)
-        elif type(x) is list:
-            found += [t for t in x if isinstance(t, Tensor)]
-    return found
+            tensors.append(x)
+            layout.append(1)
+        elif type(x) is list and all(isinstance(t, Tensor) for t in x):
+            tensors += x
+            layout.append(~len(x))
+        else:
+            layout.append(None)
+    return tensors, tuple(layout)
 
 
-def _layout(args: Any) -> tuple[int | None, ...]:
-    """How `_flat` found them: 1 a tensor, None what is none, and a list's length below zero (-1 is empty)."""
-    if isinstance(args, Tensor):
-        return (1,)
-    return tuple(
-        1 if isinstance(x, Tensor) else ~len(x) if type(x) is list and all(isinstance(t, Tensor) for t in x) else None
-        for x in args
-    )
-
-
-def _nest(flat: Sequence[Any], layout: tuple[int | None, ...]) -> list[Any]:
-    """What `_flat` took apart; None for what is no tensor."""
+def _nest(flat: Sequence[Any], layout: Layout) -> list[Any]:
+    """What `_apart` took apart; None for what is no tensor."""
     rest = iter(flat)
     return [
         None if size is None else next(rest) if size == 1 else [next(rest) for _ in range(~size)] for size in layout
     ]
-
-
-def _entries(part: Any, size: int | None) -> Sequence[Any]:
-    return () if size is None else (part,) if size == 1 else part
-
-
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    return all(type(x) in PLAIN for x in tensors)

@@ -146,7 +146,7 @@ def _backward(query, *rest):
     problem = _problem(query, tensors, count, factors, is_causal, scale)
     keys, values, weights, _ = _parts(tensors, count)
     dq = torch.empty_like(query) if needs[0] else None
-    pairs = zip(keys + values, needs[1 : 1 + 2 * count], strict=True)
+    pairs = zip((*keys, *values), needs[1 : 1 + 2 * count], strict=True)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in pairs]
     delta = torch.empty_like(lse)
     of_computed = [(grads[j], grads[count + j]) for j in _computed(keys, weights, factors)]

@@ -45,14 +45,15 @@ class Step:
         self.launch = launch
         values = launch.arguments | launch.constants
         self.template = [values[name] for name in launch.kernel.arg_names]
-        self.places, self.tuples = [], []
+        self.places: list[tuple[int, int]] = []
+        self.tuples: list[tuple[int, list[int | None]]] = []
         for place, value in enumerate(self.template):
             if isinstance(value, Tensor):
                 self.places.append((place, number(value)))
             elif isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
                 self.tuples.append((place, [None if x is None else number(x) for x in value]))
-        for place in (*self.places, *self.tuples):
-            self.template[place[0]] = None
+        for place in [*dict(self.places), *dict(self.tuples)]:
+            self.template[place] = None
         self.compiled: Callable | None = None
 
     def arguments(self, tensors: Sequence[Any]) -> list:
@@ -93,7 +94,7 @@ class Plan:
 
     def _number(self, x: Tensor, known: list) -> int:
         """Where the pointer of ``x`` is among all pointers of a call."""
-        owner, offset = _owner(x), x.storage_offset() * x.element_size()
+        owner, offset = _owner(x), int(x.storage_offset()) * x.element_size()
         source = self._owners.get(owner)
         if source is not None and not offset and known[source] == (owner, x.dtype):
             return source
@@ -137,18 +138,19 @@ class Plan:
             else:
                 step.compiled(*step.arguments(addresses), stream=stream)
 
-    def tensors(self, inputs, outputs, workspace: Tensor | None) -> list:
+    def tensors(self, inputs: Sequence, outputs: Sequence, workspace: Any) -> list[Any]:
         """A tensor for every address, in their order."""
         found = [*inputs, *outputs]
-        return found + [_view(workspace if i is None else found[i], *where) for i, *where in self.others]
+        return found + [_view(workspace if i is None else found[i], offset, x) for i, offset, x in self.others]
 
 
 _plans: dict[tuple, Plan] = {}
 
 
-def launch(make: Callable, tensors: Sequence[Tensor | None], settings: tuple = ()) -> list[Tensor]:
+def launch(make: Callable, tensors: Sequence[Any], settings: tuple = ()) -> list[Tensor]:
     """Run the launches that ``make(*tensors, *settings)`` plans, and return the tensors that it allocates for results.
 
+    ``tensors`` may hold None behind the first.
     ``make`` returns those tensors and the list of launches. It sees tensors without memory and may do nothing with
     them but allocate and view, so that what it plans depends on shapes, strides, dtypes and settings alone: it runs
     once for all calls that agree in these (and in which addresses are multiples of 16, which Triton compiles for).
