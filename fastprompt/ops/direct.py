@@ -57,7 +57,11 @@ def run_backward(operation: Callable, launcher: Callable, *args: Any) -> Any:
     """What ``operation(*args)`` gives, by its launcher where nobody sees it; under ``create_graph`` autograd does."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched():
         return operation(*args)
-    return launcher(*args) if PLAIN.issuperset(map(type, _apart(args)[0])) else operation(*args)
+    for x in args:
+        # What was saved beside a gradient is of its type: lists are not looked into.
+        if isinstance(x, Tensor) and type(x) not in PLAIN:
+            return operation(*args)
+    return launcher(*args)
 
 
 def _watched() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class Plan:
         if source is None:
             if owner not in self._starts:
                 self._starts[owner] = self.workspace
-                self.workspace += -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+                # What is empty has an address, too.
+                self.workspace += -(-max(1, x.untyped_storage().nbytes()) // ALIGNMENT) * ALIGNMENT
             offset += self._starts[owner]
         pointer = (source, offset, x.dtype)
         if pointer not in self.others:
@@ -145,6 +147,8 @@ class Plan:
 
 
 _plans: dict[tuple, Plan] = {}
+#: Backward passes run in a thread of each device, and which device is planned for is a global.
+_planning = Lock()
 
 
 def launch(make: Callable, tensors: Sequence[Any], settings: tuple = ()) -> list[Tensor]:
@@ -169,9 +173,10 @@ def launch(make: Callable, tensors: Sequence[Any], settings: tuple = ()) -> list
     signature = tuple(key)
     plan = _plans.get(signature)
     if plan is None:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        plan = _plans[signature] = Plan(make, tensors, settings, device)
+        with _planning:
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            plan = _plans[signature] = Plan(make, tensors, settings, device)
     return plan.run(tensors, addresses)
 
 
