@@ -11,7 +11,6 @@ from test_decoupled_attention_autograd import CASES, split
 
 import fastprompt
 from fastprompt.kernels import decoupled_attention as launchers
-from fastprompt.kernels.launch import Launch
 from fastprompt.ops import decoupled_attention
 from fastprompt.ops.dispatch import HEAD_SIZES, MORE_HEAD_SIZES
 
@@ -23,15 +22,6 @@ NEEDS = {
     "values[1]": {"branch", "reduce"},
     "weights[0]": {"branches_query"},
 }
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The launches that run, in order."""
-    seen = []
-    run_launch = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self), run_launch(self))[1])
-    return seen
 
 
 @given(case=cases(DTYPES, (16,), (1, 7, 40), (0, 1, 9, 37)))

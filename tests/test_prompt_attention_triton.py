@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 import fastprompt
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.kernels import prompt_attention as launchers
-from fastprompt.kernels.launch import Launch
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.dispatch import HEAD_SIZES
 
@@ -34,15 +33,6 @@ NEEDS = {
     "prompt_value": ({"prompt", "reduce"}, (False, False, False, False, True)),
     "prompts": ({"delta", "prompt", "reduce"}, PROMPTS_ONLY),
 }
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The launches that run, in order."""
-    seen = []
-    run_launch = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self), run_launch(self))[1])
-    return seen
 
 
 def triton(inputs, **kwargs):

@@ -15,6 +15,7 @@ from bench.resources import SHARED_LIMIT, VARIANTS, Job, Usage
 from fastprompt.kernels import configs
 from fastprompt.kernels.candidates import candidates
 from fastprompt.kernels.configs import Config, Entry
+from fastprompt.ops import dispatch
 from fastprompt.ops.dispatch import HEAD_SIZES, MORE_HEAD_SIZES, MOST_COLUMNS, MOST_PROMPTS, reasons_against
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -93,7 +94,7 @@ def test_the_table_that_serves_a_gpu(compiled, monkeypatch, capability, name):
 def test_what_a_small_gpu_cannot_hold_is_refused(monkeypatch, capability, little):
     """No tile of float32 rows wider than 512 columns fits 99 KiB of shared memory."""
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "capability", lambda device: capability)
     for dtype, width, refused in ((torch.float32, 513, little), (torch.float32, 512, 0), (torch.float16, 1024, 0)):
         x = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 1, width))
         found = [reason for reason in reasons_against("summarize_tokens", "triton", [x]) if "shared memory" in reason]

@@ -15,7 +15,6 @@ from fastprompt.cache import Observed, compress
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.kernels import configs
 from fastprompt.kernels.candidates import candidates
-from fastprompt.kernels.launch import Launch
 from fastprompt.ops import dispatch, key_scores
 from fastprompt.warmup import Shape, _steps, tune, warmup
 
@@ -31,20 +30,15 @@ def shipped(monkeypatch, tmp_path):
     configs.table.cache_clear()
 
 
-def test_every_kernel_runs_once(monkeypatch):
-    seen = []
-    run = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self.kernel.__name__), run(self))[1])
+def test_every_kernel_runs_once(launched):
     warmup(SHAPE, TRITON_DEVICE)
     source = "".join(path.read_text() for path in Path(configs.__file__).parent.glob("*.py"))
-    assert set(seen) == set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
+    seen = {x.kernel.__name__ for x in launched}
+    assert seen == set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
 
 
-def test_keys_are_scored_and_merged_in_the_variants_of_a_cache(monkeypatch):
+def test_keys_are_scored_and_merged_in_the_variants_of_a_cache(monkeypatch, launched):
     """Every form in which a cache calls `scores_kernel`: masks are there or not, and pointers that are None compile."""
-    seen = []
-    run = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self), run(self))[1])
     causal = replace(SHAPE, is_causal=True, tokens=9)
     warmup(causal, TRITON_DEVICE)
 
@@ -57,8 +51,8 @@ def test_keys_are_scored_and_merged_in_the_variants_of_a_cache(monkeypatch):
             if x.kernel.__name__ == "scores_kernel"
         }  # fmt: skip
 
-    warm = forms(seen)
-    seen.clear()
+    warm = forms(launched)
+    launched.clear()
     query, key, value, *_ = (x.detach() for x in causal.tensors(TRITON_DEVICE))
     lse, valid = torch.zeros(1, 2, 9, device=TRITON_DEVICE), torch.arange(9, device=TRITON_DEVICE)[None] >= 2
     monkeypatch.setattr(config, "IMPL", "triton")
@@ -69,7 +63,7 @@ def test_keys_are_scored_and_merged_in_the_variants_of_a_cache(monkeypatch):
             observed = Observed(key, value, mask, None, sums, **last)
             for policy in (H2O(0.2, 0.2), SnapKV(0.5, window=4), TOVA(0.5)):
                 compress(policy, observed)
-    assert forms(seen) == warm
+    assert forms(launched) == warm
 
 
 def test_the_fastest_candidate_of_every_kernel_is_kept(shipped, capsys):

@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprompt import config
+from fastprompt.ops.direct import PLAIN
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: The five tensors of prompt attention.
 NAMES = ("query", "key", "value", "prompt_key", "prompt_value")
+
+#: Signatures that are remembered before all are forgotten.
+MOST_SIGNATURES = 4096
+
+_passed: set[tuple] = set()
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -107,6 +115,49 @@ def check_attention(
 
     ``layout`` is that of the query, ``"[B,H,T,D]"`` or ``"[T,H,D]"``; ``others`` must be on the same device.
     """
+    known = signature((query, key, value, prompt_key, prompt_value, *others.values()), layout)
+    if not passed(known):
+        _check_attention(query, key, value, prompt_key, prompt_value, layout, others)
+        remember(known)
+    query, key, value, prompt_key, prompt_value = _as_kernels_read(query, key, value, prompt_key, prompt_value)
+    if config.DEBUG and not torch.compiler.is_compiling():
+        check_finite(prompt_key, name="prompt_key")
+        check_finite(prompt_value, name="prompt_value")
+    return query, key, value, prompt_key, prompt_value
+
+
+def signature(tensors: Sequence[Any], *settings: Any) -> tuple | None:
+    """What checks of shapes, dtypes, devices and hashable settings depend on; None where there is more to it.
+
+    A call like one that passed is not checked again: checks cost the host more than a launch.
+    """
+    if torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN:
+        return None
+    found = [settings, autocast_dtype(tensors[0].device.type)]
+    for x in tensors:
+        if type(x) in PLAIN:
+            found += (x.shape, x.dtype, x.device)
+        elif x is None:
+            found.append(None)
+        else:
+            return None
+    return tuple(found)
+
+
+def passed(known: tuple | None) -> bool:
+    """Whether a call of this `signature` passed its checks before."""
+    return known is not None and known in _passed
+
+
+def remember(known: tuple | None) -> None:
+    """Checks passed for this `signature`."""
+    if known is not None:
+        if len(_passed) >= MOST_SIGNATURES:
+            _passed.clear()
+        _passed.add(known)
+
+
+def _check_attention(query, key, value, prompt_key, prompt_value, layout: str, others: dict) -> None:
     tensors = (query, key, value, prompt_key, prompt_value)
     rank = layout.count(",") + 1
     for name, x in zip(NAMES, tensors, strict=True):
@@ -115,13 +166,11 @@ def check_attention(
         if x.dim() not in ((3, 4) if is_prompt else (rank,)):
             expected = "[Hkv,P,D] or [G,Hkv,P,D]" if is_prompt else layout
             raise ValueError(f"{name}: got rank {x.dim()} (shape {list(x.shape)}), expected {expected}")
-    query, key, value = autocast(query, key, value)
-    prompt_key, prompt_value = (p if p.dtype == torch.float32 else autocast(p)[0] for p in (prompt_key, prompt_value))
+    given = (key, value, prompt_key, prompt_value)
+    query, key, value, prompt_key, prompt_value = _as_kernels_read(*tensors)
     check_dtypes(NAMES, (query, key, value, prompt_key, prompt_value), prompts=NAMES[3:])
     check_device(**dict(zip(NAMES, tensors, strict=True)), **others)
     heads, heads_kv = query.shape[1], key.shape[1]
-    given = (key, value, prompt_key, prompt_value)
-    prompt_key, prompt_value = (p if p.dim() == 4 else p.unsqueeze(0) for p in (prompt_key, prompt_value))
     # Packed keys have the rows of the query; those of a batch have their own number.
     instance = (*query.shape[:1], heads_kv, *key.shape[2:-1], query.shape[-1])
     prompts = (prompt_key.shape[0], heads_kv, prompt_key.shape[2], query.shape[-1])
@@ -138,10 +187,12 @@ def check_attention(
         raise ValueError(
             f"query: got {heads} heads for {heads_kv} key heads, expected a multiple (grouped-query attention)"
         )
-    if config.DEBUG and not torch.compiler.is_compiling():
-        check_finite(prompt_key, name="prompt_key")
-        check_finite(prompt_value, name="prompt_value")
-    return query, key, value, prompt_key, prompt_value
+
+
+def _as_kernels_read(query, key, value, *prompts):
+    """The five tensors of prompt attention under autocast, prompts with their bank axis."""
+    learned = (p if p.dtype == torch.float32 else autocast(p)[0] for p in prompts)
+    return *autocast(query, key, value), *(p if p.dim() == 4 else p.unsqueeze(0) for p in learned)
 
 
 def has_values(x: Tensor) -> bool:
@@ -158,16 +209,22 @@ def readable(x: Tensor) -> bool:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast float32 tensors to the autocast dtype, where autocast is on, as PyTorch's own attention does."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast casts to on this kind of device; None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def without_autocast(device: str) -> AbstractContextManager:
     """Keep autocast from casting inside an operation that chose its dtypes with `autocast`."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # A context costs the host as much as a launch; where autocast is off there is nothing to keep it from.
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def check_finite(*tensors: Tensor, name: str = "prompts") -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import check_device, check_dtypes, check_tensor, without_autocast
+from fastprompt.ops.direct import Direct
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 from fastprompt.ops.key_scores import check_mask
 
@@ -96,7 +97,7 @@ def compress_kv(
         index = reference.select_keys(scores.detach(), min(slots, key.shape[2]), budgets, protect, recent, valid)
         tracked = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
         if chosen == "cpp" and not tracked:
-            merged = torch.ops.fastprompt.merge_kv(key, value, index, valid, merge, merge_keys, chosen)
+            merged = _run_merge_kv(key, value, index, valid, merge, merge_keys, chosen)
             return *merged, index
         if merge == "drop" or chosen == "reference" or tracked:
             # Gradients are autograd's own, of the plain form.
@@ -160,7 +161,7 @@ def _merge(
 ) -> tuple[Tensor, Tensor]:
     """`reference.merge_kv` by kernels of a GPU: the search, and sums over each survivor's own run of evicted pairs."""
     kept_key, kept_value = reference.gather_kv(key, value, index)
-    survivor, similarity = torch.ops.fastprompt.nearest_survivor(key, kept_key, index, impl)
+    survivor, similarity = _run_nearest_survivor(key, kept_key, index, impl)
     # Evicted pairs in the order of their survivors; what is kept or not valid sorts behind them all.
     survivor = survivor.masked_fill(~reference.evicted(index, key.shape[2], valid), index.shape[2])
     runs, order = survivor.sort(dim=-1, stable=True)
@@ -168,9 +169,9 @@ def _merge(
     starts = torch.searchsorted(runs, bounds)
     weight = similarity if merge == "weighted" else torch.full_like(similarity, 0.5 if merge == "pivot" else 1.0)
     half = 0.5 if merge == "pivot" else 0.0
-    merged = torch.ops.fastprompt.merge_evicted(value, kept_value, order, starts, weight, half, impl)
+    merged = _run_merge_evicted(value, kept_value, order, starts, weight, half, impl)
     if merge_keys:
-        kept_key = torch.ops.fastprompt.merge_evicted(key, kept_key, order, starts, weight, half, impl)
+        kept_key = _run_merge_evicted(key, kept_key, order, starts, weight, half, impl)
     return kept_key, merged
 
 
@@ -204,3 +205,8 @@ def _fake_merge(x, kept, *_):
 @torch.library.register_fake("fastprompt::merge_kv", lib=LIBRARY)
 def _fake_merge_kv(key, value, index, *_):
     return tuple(x.new_empty(*index.shape, x.shape[-1]) for x in (key, value))
+
+
+_run_nearest_survivor = Direct("nearest_survivor", _nearest_survivor)
+_run_merge_evicted = Direct("merge_evicted", _merge_evicted)
+_run_merge_kv = Direct("merge_kv", _merge_kv)

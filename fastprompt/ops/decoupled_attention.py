@@ -20,6 +20,7 @@ from fastprompt.ops.checks import (
     check_tensor,
     without_autocast,
 )
+from fastprompt.ops.direct import Direct, run_backward
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 # Lists hold the tensors there are, since PyTorch finds no gradient in a list with a None; ``weighted`` and ``masked``
@@ -93,9 +94,7 @@ def decoupled_attention(
     there = [[x for x in part if x is not None] for part in (learned, masks)]
     marks = [[x is not None for x in part] for part in (learned, masks)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *keys, *values, *there[0]))
-    return torch.ops.fastprompt.decoupled_attention(
-        query, keys, values, *there, *marks, factors, causal, scale, keep, chosen
-    )[0]
+    return _run(query, keys, values, *there, *marks, factors, causal, scale, keep, chosen)[0]
 
 
 def _resolve(
@@ -260,9 +259,8 @@ def _autograd(ctx, grad_out, grad_states):
         query, *saved = ctx.saved_tensors
         *lists, states = _parts(saved, ctx.sizes)
         *options, _, impl = ctx.options
-        given = iter(
-            torch.ops.fastprompt.decoupled_attention_backward(grad_out, query, *lists, *options, states, needs, impl)
-        )
+        args = (grad_out, query, *lists, *options, states, needs, impl)
+        given = iter(run_backward(torch.ops.fastprompt.decoupled_attention_backward, _backward, *args))
         found = [next(given) if need else None for need in needs]
     *lists, _ = _parts(found[1:], ctx.sizes[:3])
     return found[0], *lists, [None] * ctx.sizes[3], *([None] * len(ctx.options))
@@ -282,3 +280,4 @@ def _no_second_derivative(ctx, *grads):
 
 torch.library.register_autograd("fastprompt::decoupled_attention", _autograd, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("fastprompt::decoupled_attention_backward", _no_second_derivative, lib=LIBRARY)
+_run = Direct("decoupled_attention", _forward, _setup_context, _autograd)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastprompt import config
 from fastprompt.ops import reference
 from fastprompt.ops.checks import autocast, check_device, check_dtypes, check_finite, check_tensor, without_autocast
+from fastprompt.ops.direct import Direct, run_backward
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 ACTIVATIONS = ("relu", "softmax")
@@ -102,7 +103,7 @@ def diffuse(
         arguments = (x, base, values.to(keys.dtype), keys, log_scale.to(keys.dtype).reshape(()), activation, weight)
         if chosen == "reference":
             return reference.diffuse_prompts(*arguments)
-        return torch.ops.fastprompt.diffuse_prompts(*arguments, chosen)
+        return _run(*arguments, chosen)
 
 
 def _resolve(
@@ -190,11 +191,8 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_out):
     needs = list(ctx.needs_input_grad[:5])
-    found = iter(
-        torch.ops.fastprompt.diffuse_prompts_backward(
-            grad_out, *ctx.saved_tensors, ctx.activation, ctx.weight, needs, ctx.impl
-        )
-    )
+    args = (grad_out, *ctx.saved_tensors, ctx.activation, ctx.weight, needs, ctx.impl)
+    found = iter(run_backward(torch.ops.fastprompt.diffuse_prompts_backward, _backward, *args))
     return *(next(found) if need else None for need in needs), None, None, None
 
 
@@ -206,3 +204,4 @@ def _no_second_derivative(ctx, *grads):
 
 torch.library.register_autograd("fastprompt::diffuse_prompts", _autograd, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("fastprompt::diffuse_prompts_backward", _no_second_derivative, lib=LIBRARY)
+_run = Direct("diffuse_prompts", _forward, _setup_context, _autograd)

@@ -101,7 +101,7 @@ def _reasons_against_triton(query: Tensor, device: str, by_name: bool) -> list[s
         reasons.append("triton is not installed (pip install 'fastprompt[gpu]')")
     if device == "cuda":
         # ROCm has no compute capability to compare.
-        if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        if torch.version.hip is None and capability(query.device) < (8, 0):
             reasons.append("the GPU's compute capability is below 8.0")
     elif device != "cpu":
         reasons.append(f"the tensors are on {device}, not on a CUDA device")
@@ -134,8 +134,14 @@ def _little_shared_memory(device: torch.device) -> bool:
     """Compute capability 8.6, 8.9 and 12.x: 99 KiB a block, where the GPUs of data centres have 163 and more."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return major == 12 or (major, minor) in ((8, 6), (8, 9))
+
+
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's compute capability: asked for at every call, which PyTorch answers slowly."""
+    return torch.cuda.get_device_capability(device)
 
 
 def interpreting() -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import autocast, check_device, check_dtypes, check_scale, check_tensor, without_autocast
+from fastprompt.ops.direct import Direct
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 NORMALIZE = ("none", "visible")
@@ -80,7 +81,7 @@ def key_scores(
     with torch.no_grad(), without_autocast(query.device.type):
         if chosen == "reference":
             return reference.key_scores(*args)
-        return torch.ops.fastprompt.key_scores(*args, chosen)
+        return _run(*args, chosen)
 
 
 def _resolve(
@@ -151,3 +152,6 @@ LIBRARY.impl("key_scores", _forward, "CompositeExplicitAutograd")
 @torch.library.register_fake("fastprompt::key_scores", lib=LIBRARY)
 def _fake(query, key, lse, *_):
     return lse.new_empty(key.shape[:3])
+
+
+_run = Direct("key_scores", _forward)

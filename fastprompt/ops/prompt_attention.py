@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import check_attention, check_attn_mask, check_index, check_scale, without_autocast
+from fastprompt.ops.direct import Direct, run_backward
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 LIBRARY.define(
@@ -85,7 +86,7 @@ def prompt_attention(
         with without_autocast(query.device.type):
             out, lse = reference.prompt_attention(*args)
     else:
-        out, lse = torch.ops.fastprompt.prompt_attention(*args, chosen)
+        out, lse = _run(*args, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -149,11 +150,8 @@ def _autograd(ctx, grad_out, grad_lse):
     grads: list[Tensor | None] = [None] * 10
     if any(needs) and not (grad_out is None and grad_lse is None):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = iter(
-            torch.ops.fastprompt.prompt_attention_backward(
-                grad_out, grad_lse, *inputs, out, lse, ctx.is_causal, ctx.scale, needs, ctx.impl
-            )
-        )
+        args = (grad_out, grad_lse, *inputs, out, lse, ctx.is_causal, ctx.scale, needs, ctx.impl)
+        found = iter(run_backward(torch.ops.fastprompt.prompt_attention_backward, _backward, *args))
         grads[:5] = [next(found) if need else None for need in needs]
     return tuple(grads)
 
@@ -166,3 +164,4 @@ def _no_second_derivative(ctx, *grads):
 
 torch.library.register_autograd("fastprompt::prompt_attention", _autograd, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("fastprompt::prompt_attention_backward", _no_second_derivative, lib=LIBRARY)
+_run = Direct("prompt_attention", _forward, _setup_context, _autograd)

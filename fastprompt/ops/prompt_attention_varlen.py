@@ -15,6 +15,7 @@ from fastprompt.ops.checks import (
     readable,
     without_autocast,
 )
+from fastprompt.ops.direct import Direct, run_backward
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 LIBRARY.define(
@@ -100,7 +101,7 @@ def prompt_attention_varlen(
         with without_autocast(query.device.type):
             out, lse = reference.prompt_attention_varlen(*args)
     else:
-        out, lse = torch.ops.fastprompt.prompt_attention_varlen(*args, chosen)
+        out, lse = _run(*args, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -213,10 +214,8 @@ def _autograd(ctx, grad_out, grad_lse):
     grads: list[Tensor | None] = [None] * 11
     if any(needs) and not (grad_out is None and grad_lse is None):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        settings = (ctx.max_seqlen, ctx.is_causal, ctx.scale, needs, ctx.impl)
-        found = iter(
-            torch.ops.fastprompt.prompt_attention_varlen_backward(grad_out, grad_lse, *inputs, out, lse, *settings)
-        )
+        args = (grad_out, grad_lse, *inputs, out, lse, ctx.max_seqlen, ctx.is_causal, ctx.scale, needs, ctx.impl)
+        found = iter(run_backward(torch.ops.fastprompt.prompt_attention_varlen_backward, _backward, *args))
         grads[:5] = [next(found) if need else None for need in needs]
     return tuple(grads)
 
@@ -231,3 +230,4 @@ torch.library.register_autograd(
     "fastprompt::prompt_attention_varlen", _autograd, setup_context=_setup_context, lib=LIBRARY
 )
 torch.library.register_autograd("fastprompt::prompt_attention_varlen_backward", _no_second_derivative, lib=LIBRARY)
+_run = Direct("prompt_attention_varlen", _forward, _setup_context, _autograd)

@@ -17,6 +17,7 @@ from fastprompt.ops.checks import (
     check_tensor,
     without_autocast,
 )
+from fastprompt.ops.direct import Direct, run_backward
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
 
 LIBRARY.define("summarize_tokens(Tensor selectors, Tensor x, float scale, str impl) -> (Tensor out, Tensor lse)")
@@ -63,7 +64,7 @@ def summarize_tokens(selectors: Tensor, x: Tensor, *, scale: float | None = None
     with without_autocast(x.device.type):
         if chosen == "reference":
             return reference.summarize_tokens(selectors, x, scale)
-        return torch.ops.fastprompt.summarize_tokens(selectors, x, scale, chosen)[0]
+        return _run(selectors, x, scale, chosen)[0]
 
 
 def _resolve(selectors, x, *, scale=None, impl="auto") -> Choice:
@@ -128,9 +129,8 @@ def _autograd(ctx, grad_out, grad_lse):
     needs = list(ctx.needs_input_grad[:2])
     if grad_out is None or not any(needs):
         return None, None, None, None
-    found = iter(
-        torch.ops.fastprompt.summarize_tokens_backward(grad_out, *ctx.saved_tensors, ctx.scale, needs, ctx.impl)
-    )
+    args = (grad_out, *ctx.saved_tensors, ctx.scale, needs, ctx.impl)
+    found = iter(run_backward(torch.ops.fastprompt.summarize_tokens_backward, _backward, *args))
     return *(next(found) if need else None for need in needs), None, None
 
 
@@ -142,3 +142,4 @@ def _no_second_derivative(ctx, *grads):
 
 torch.library.register_autograd("fastprompt::summarize_tokens", _autograd, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("fastprompt::summarize_tokens_backward", _no_second_derivative, lib=LIBRARY)
+_run = Direct("summarize_tokens", _forward, _setup_context, _autograd)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import padded
-from .launch import Launch, upcast
+from .launch import Launch, launch, upcast
 from .prompt_attention import strides, tiles
 from .tiles import SIZES, load_rows, load_tile, matmul_input, split
 
@@ -88,17 +88,24 @@ def merge_kernel(
 
 def nearest_survivor(key: Tensor, kept_key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Slots ``[B,Hkv,Tk]`` int64 and similarities float32."""
+    survivor, similarity = launch(_nearest, (key, kept_key, index))
+    return survivor, similarity
+
+
+def _nearest(key, kept_key, index):
     survivor = torch.empty(key.shape[:3], dtype=torch.int64, device=key.device)
     similarity = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
-    plan_nearest(key, kept_key, index, survivor, similarity).run()
-    return survivor, similarity
+    return [survivor, similarity], [plan_nearest(key, kept_key, index, survivor, similarity)]
 
 
 def merge_evicted(x: Tensor, kept: Tensor, order: Tensor, starts: Tensor, weight: Tensor, half: float) -> Tensor:
     """Survivors ``[B,Hkv,K,D]`` with their runs merged into them."""
+    return launch(_merge, (x, kept, order, starts, weight), (half,))[0]
+
+
+def _merge(x, kept, order, starts, weight, half):
     merged = torch.empty_like(kept)
-    plan_merge(x, kept, order, starts, weight, half, merged).run()
-    return merged
+    return [merged], [plan_merge(x, kept, order, starts, weight, half, merged)]
 
 
 def plan_nearest(key: Tensor, kept_key: Tensor, index: Tensor, survivor: Tensor, similarity: Tensor) -> Launch:

@@ -60,8 +60,12 @@ class Entry(NamedTuple):
 #: What the interpreter runs, and tests with it: small, so that few numbers still make several ragged tiles.
 PINNED = Config(rows=32, keys=32, warps=4, stages=1)
 
+#: Another number whenever `choose` may answer differently, or somebody listens: plans made before are made anew.
+stamp = 0
+
 _asked: dict[str, None] = {}
 _compiling_for: str | None = None
+_planning_for: torch.device | None = None
 
 
 @lru_cache
@@ -85,7 +89,7 @@ def choose(kernel: str, x: Tensor, size: int, rows: int, keys: int, masked: bool
     _asked[name] = None
     if INTERPRET:
         return fit(PINNED, rows, keys)
-    config = table(architecture(x.device))[name].config
+    config = table(architecture(_planning_for or x.device))[name].config
     if masked:
         config = config._replace(rows=max(16, config.rows // 2))
         if kernel == "forward":
@@ -121,17 +125,36 @@ def compiling_for(name: str) -> Iterator[None]:
     global _compiling_for
     before, _compiling_for = _compiling_for, name
     architecture.cache_clear()
+    _change()
     try:
         yield
     finally:
         _compiling_for = before
         architecture.cache_clear()
+        _change()
+
+
+@contextmanager
+def planning_for(device: torch.device) -> Iterator[None]:
+    """Inside, tensors stand for those of this device, whatever their own."""
+    global _planning_for
+    before, _planning_for = _planning_for, device
+    try:
+        yield
+    finally:
+        _planning_for = before
+
+
+def _change() -> None:
+    global stamp
+    stamp += 1
 
 
 @contextmanager
 def asked() -> Iterator[dict[str, None]]:
     """Collects the entries that launches inside the context ask for, in their order."""
     _asked.clear()
+    _change()
     yield _asked
 
 
@@ -147,9 +170,11 @@ def override(architecture: str, name: str, config: Config) -> Iterator[None]:
     entries = table(architecture)
     before = entries.get(name)
     entries[name] = Entry(config, "a candidate")
+    _change()
     try:
         yield
     finally:
+        _change()
         if before is None:
             del entries[name]
         else:
@@ -200,4 +225,5 @@ def load(path: Path) -> dict[str, Entry]:
     """Use the entries of a file that `save` wrote in place of the shipped ones; returns them."""
     architecture, found = read(path)
     table(architecture).update(found)
+    _change()
     return found

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import configs
 from .configs import Config, padded
 from .decoupled_attention_kernels import branch_kernel, branches_kernel, branches_query_kernel
-from .launch import Launch, upcast
+from .launch import Launch, launch, upcast
 from .prompt_attention import PROGRAMS, full_mask, plan_reduce, strides, tiles
 
 
@@ -30,11 +31,6 @@ class Branch:
     def length(self) -> int:
         """Keys T."""
         return self.key.shape[2]
-
-    @property
-    def computed(self) -> bool:
-        """Whether the branch can add anything."""
-        return self.length > 0 and (self.weight is not None or self.factor != 0)
 
 
 @dataclass(frozen=True)
@@ -99,14 +95,18 @@ def forward(
 
     It is so small that it is written whether or not to ``keep`` it.
     """
+    settings = (len(keys), tuple(factors), tuple(is_causal), scale)
+    out, lse = launch(_forward, (query, *keys, *values, *weights, *attn_masks), settings)
+    return out if _computed(keys, weights, factors) else out.zero_(), [lse]
+
+
+def _forward(query, *rest):
+    tensors, (count, *settings) = rest[:-4], rest[-4:]
     batch, heads, tq, dim = query.shape
-    problem, _ = _problem(query, keys, values, weights, factors, attn_masks, is_causal, scale)
+    problem = _problem(query, tensors, count, *settings)
     out = query.new_empty(batch, tq, heads, dim).transpose(1, 2)
-    lse = query.new_empty(len(keys), batch, heads, tq, dtype=torch.float32)
-    if not problem.branches:
-        return out.zero_(), [lse]
-    plan_forward(problem, out, lse).run()
-    return out, [lse]
+    lse = query.new_empty(count, batch, heads, tq, dtype=torch.float32)
+    return [out, lse], [plan_forward(problem, out, lse)] if problem.branches else []
 
 
 def backward(
@@ -124,41 +124,56 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of those of query, keys, values and weight tensors that ``needs`` names, in their order."""
     n = len(keys)
-    problem, computed = _problem(query, keys, values, weights, factors, attn_masks, is_causal, scale)
-    dq = torch.empty_like(query) if needs[0] else None
-    pairs = zip(keys + values, needs[1 : 1 + 2 * n], strict=True)
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in pairs]
-    need_weight = dict(zip((j for j in range(n) if weights[j] is not None), needs[1 + 2 * n :], strict=True))
-    delta = torch.empty_like(states[0])
-    of_computed = [(grads[j], grads[n + j]) for j in computed]
-    for launch in plan_backward(problem, states[0], delta, grad_out, dq, of_computed, any(need_weight.values())):
-        launch.run()
-    for j in set(range(n)) - set(computed):
-        for grad in (grads[j], grads[n + j]):
-            if grad is not None:
+    tensors = (query, *keys, *values, *weights, *attn_masks, grad_out, states[0])
+    delta, *grads = launch(_backward, tensors, (tuple(needs), n, tuple(factors), tuple(is_causal), scale))
+    computed = _computed(keys, weights, factors)
+    if len(computed) < n:
+        # Nothing was launched for what a branch that adds nothing would have written.
+        there = [bool(computed), *(j in computed for j in (*range(n), *range(n)))]
+        for grad, written in zip(grads, (x for x, need in zip(there, needs, strict=False) if need), strict=True):
+            if not written:
                 grad.zero_()
-    if dq is not None and not computed:
-        dq.zero_()
-    found = []
-    for j, need in need_weight.items():
-        weight = weights[j]
-        if need and weight is not None:
+    learned = [(j, w) for j, w in enumerate(weights) if w is not None]
+    for (j, weight), need in zip(learned, needs[1 + 2 * n :], strict=True):
+        if need:
             grad = torch.zeros_like(weight)
-            found.append(grad.copy_(delta[computed.index(j)].sum_to_size(weight.shape)) if j in computed else grad)
-    return [x for x in (dq, *grads) if x is not None] + found
+            grads.append(grad.copy_(delta[computed.index(j)].sum_to_size(weight.shape)) if j in computed else grad)
+    return grads
 
 
-def _problem(query, keys, values, weights, factors, attn_masks, is_causal, scale) -> tuple[Problem, list[int]]:
-    """The branches that are computed, and which those are."""
+def _backward(query, *rest):
+    *tensors, grad_out, lse, needs, count, factors, is_causal, scale = rest
+    problem = _problem(query, tensors, count, factors, is_causal, scale)
+    keys, values, weights, _ = _parts(tensors, count)
+    dq = torch.empty_like(query) if needs[0] else None
+    pairs = zip((*keys, *values), needs[1 : 1 + 2 * count], strict=True)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in pairs]
+    delta = torch.empty_like(lse)
+    of_computed = [(grads[j], grads[count + j]) for j in _computed(keys, weights, factors)]
+    plan = plan_backward(problem, lse, delta, grad_out, dq, of_computed, any(needs[1 + 2 * count :]))
+    return [x for x in (delta, dq, *grads) if x is not None], plan
+
+
+def _parts(tensors: Sequence, count: int) -> list[Sequence]:
+    """Keys, values, weights and masks of ``count`` branches."""
+    return [tensors[i : i + count] for i in range(0, 4 * count, count)]
+
+
+def _computed(keys: Sequence[Tensor], weights: Sequence[Tensor | None], factors: Sequence[float]) -> list[int]:
+    """Which branches can add anything."""
+    there = zip(keys, weights, factors, strict=True)
+    return [j for j, (key, weight, factor) in enumerate(there) if key.shape[2] and (weight is not None or factor)]
+
+
+def _problem(query, tensors, count, factors, is_causal, scale) -> Problem:
+    """The call, of those branches that are computed."""
+    keys, values, weights, masks = _parts(tensors, count)
     branches = []
-    for key, value, weight, factor, mask, causal in zip(
-        keys, values, weights, factors, attn_masks, is_causal, strict=True
-    ):
-        weight = None if weight is None else weight.expand(query.shape[:3])
-        mask = full_mask(mask, (*query.shape[:3], key.shape[2]))
-        branches.append(Branch(key, value, weight, factor, mask, causal))
-    computed = [j for j, x in enumerate(branches) if x.computed]
-    return Problem(query, [branches[j] for j in computed], scale), computed
+    for j in _computed(keys, weights, factors):
+        weight = None if weights[j] is None else weights[j].expand(query.shape[:3])
+        mask = full_mask(masks[j], (*query.shape[:3], keys[j].shape[2]))
+        branches.append(Branch(keys[j], values[j], weight, factors[j], mask, is_causal[j]))
+    return Problem(query, branches, scale)
 
 
 def plan_forward(problem: Problem, out: Tensor, lse: Tensor) -> Launch:

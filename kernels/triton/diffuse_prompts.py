@@ -12,7 +12,7 @@ from torch import Tensor
 from . import configs
 from .configs import INTERPRET, Config, padded
 from .diffuse_prompts_kernels import diffuse_kernel, diffuse_prompt_kernel, diffuse_rows_kernel
-from .launch import Launch, upcast
+from .launch import Launch, launch, upcast
 from .prompt_attention import PROGRAMS, REDUCE, tiles
 from .prompt_attention_backward import reduce_kernel
 
@@ -37,7 +37,7 @@ class HasTokens(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, as the kernels see it: prompts and keys contiguous and in the dtype of ``x``."""
+    """One call, as the kernels see it: prompts and keys as `_learned` gives them."""
 
     x: Tensor
     base: Tensor | None
@@ -46,10 +46,6 @@ class Problem:
     log_scale: Tensor
     activation: str
     weight: str
-
-    def __post_init__(self):
-        for name in ("prompts", "keys"):
-            object.__setattr__(self, name, getattr(self, name).to(self.x.dtype).contiguous())
 
     @property
     def rows(self) -> int:
@@ -64,7 +60,7 @@ class Problem:
     def inputs(self) -> dict[str, object]:
         """What both kernels that own tokens read."""
         return {
-            "x": self.x, "base": self.base, "prompts": self.prompts, "keys": self.keys, "log_scale": self.log_scale,
+            "x": self.x, "base": self.base, "values": self.prompts, "keys": self.keys, "log_scale": self.log_scale,
             "sx": self.x.stride(), "sb": None if self.base is None else self.base.stride(),
             "tokens": self.x.shape[1], "rows_total": self.rows, "count": len(self.keys),
         }  # fmt: skip
@@ -82,9 +78,17 @@ def forward(
     x: Tensor, base: Tensor, prompts: Tensor, keys: Tensor, log_scale: Tensor, activation: str, weight: str
 ) -> Tensor:
     """Output ``[B,N,C]``, contiguous."""
+    return launch(_forward, (x, base, *_learned(x, prompts, keys), log_scale), (activation, weight))[0]
+
+
+def _forward(x, base, prompts, keys, log_scale, activation, weight):
     out = x.new_empty(x.shape)
-    plan_forward(Problem(x, base, prompts, keys, log_scale, activation, weight), out).run()
-    return out
+    return [out], [plan_forward(Problem(x, base, prompts, keys, log_scale, activation, weight), out)]
+
+
+def _learned(x: Tensor, prompts: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts and keys contiguous and in the dtype of ``x``."""
+    return prompts.to(x.dtype).contiguous(), keys.to(x.dtype).contiguous()
 
 
 def backward(
@@ -99,15 +103,21 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of those of (x, base, prompts, keys, log_scale) that ``needs`` names, in their order."""
-    likes = (x, x, prompts, keys, log_scale)
-    grads = [t.new_empty(t.shape) if need else None for t, need in zip(likes, needs, strict=True)]
+    tensors = (grad_out, x, base, *_learned(x, prompts, keys), log_scale)
+    settings = (activation, weight, (prompts.dtype, keys.dtype), tuple(needs))
+    grads = launch(_backward, tensors, settings)
+    if needs[4]:
+        # One number a program.
+        grads[-1] = grads[-1].sum().reshape(log_scale.shape)
+    return grads
+
+
+def _backward(grad_out, x, base, prompts, keys, log_scale, activation, weight, dtypes, needs):
     problem = Problem(x, base, prompts, keys, log_scale, activation, weight)
-    partial = None if grads[4] is None else allocate_partial(problem)
-    for step in plan_backward(problem, grad_out, grads[:4], partial):
-        step.run()
-    if partial is not None and grads[4] is not None:
-        grads[4].copy_(partial.sum())
-    return [t for t in grads if t is not None]
+    likes = zip((x, x, prompts, keys), (x.dtype, x.dtype, *dtypes), needs, strict=False)
+    grads = [t.new_empty(t.shape, dtype=dtype) if need else None for t, dtype, need in likes]
+    partial = allocate_partial(problem) if needs[4] else None
+    return [t for t in (*grads, partial) if t is not None], plan_backward(problem, grad_out, grads, partial)
 
 
 def allocate_partial(p: Problem) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import padded
-from .launch import Launch, upcast
+from .launch import Launch, launch, upcast
 from .prompt_attention import strides, tiles
 from .tiles import LOG2E, SIZES, load_rows, load_tile, matmul_input, safe_lse, split
 
@@ -76,9 +76,13 @@ def forward(
     group_reduce: str,
 ) -> Tensor:
     """Scores ``[B,Hkv,Tk]`` float32."""
+    settings = (is_causal, query_start, scale, normalize, group_reduce)
+    return launch(_forward, (query, key, lse, query_mask, key_mask), settings)[0]
+
+
+def _forward(query, key, lse, query_mask, key_mask, *settings):
     scores = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
-    plan(query, key, lse, query_mask, key_mask, scores, is_causal, query_start, scale, normalize, group_reduce).run()
-    return scores
+    return [scores], [plan(query, key, lse, query_mask, key_mask, scores, *settings)]
 
 
 def plan(

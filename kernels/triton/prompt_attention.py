@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import Config, padded
-from .launch import Launch, upcast
+from .launch import Launch, launch, upcast
 from .prompt_attention_backward import delta_kernel, key_value_kernel, prompt_kernel, query_kernel, reduce_kernel
 from .prompt_attention_forward import forward_kernel
 
@@ -37,12 +38,6 @@ class Problem:
     scale: float
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
-
-    def __post_init__(self):
-        # Kernels read these as plain arrays; they are a few numbers a sample.
-        for name in ("prompt_index", "cu_seqlens"):
-            x = getattr(self, name)
-            object.__setattr__(self, name, None if x is None else x.contiguous())
 
     @property
     def samples(self) -> int:
@@ -122,13 +117,18 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B,Hq,Tq,D]`` (memory order B,T,H,D) and lse ``[B,Hq,Tq]`` float32."""
+    tensors = (query, key, value, prompt_key, prompt_value, array(prompt_index), attn_mask)
+    out, lse = launch(_forward, tensors, (is_causal, scale))
+    return out, lse
+
+
+def _forward(query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, is_causal, scale):
     batch, heads, tq, dim = query.shape
     mask = full_mask(attn_mask, (batch, heads, tq, key.shape[2]))
     problem = Problem(query, key, value, prompt_key, prompt_value, prompt_index, mask, is_causal, scale)
     out = query.new_empty(batch, tq, heads, dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, tq, dtype=torch.float32)
-    plan_forward(problem, out, lse).run()
-    return out, lse
+    return [out, lse], [plan_forward(problem, out, lse)]
 
 
 def backward(
@@ -148,15 +148,43 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of those of the five tensors that ``needs`` names, in their order."""
+    index = array(prompt_index)
+    order, starts = readers(query, prompt_key, index) if needs[3] or needs[4] else (None, None)
+    tensors = (
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        prompt_key,
+        prompt_value,
+        index,
+        attn_mask,
+        out,
+        lse,
+        order,
+        starts,
+    )
+    return launch(_backward, tensors, (is_causal, scale, tuple(needs)))
+
+
+def _backward(
+    grad_out, grad_lse, query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, out, lse, order, starts,
+    is_causal, scale, needs,
+):  # fmt: skip
     mask = full_mask(attn_mask, (*query.shape[:3], key.shape[2]))
     problem = Problem(query, key, value, prompt_key, prompt_value, prompt_index, mask, is_causal, scale)
     grads = allocate(problem, needs)
-    for step in plan_backward(problem, out, lse, grad_out, grad_lse, grads):
-        step.run()
-    return [x for x in grads if x is not None]
+    plan = plan_backward(problem, out, lse, grad_out, grad_lse, grads, order, starts)
+    return [x for x in grads if x is not None], plan
 
 
-def allocate(problem: Problem, needs: list[bool]) -> list[Tensor | None]:
+def array(x: Tensor | None) -> Tensor | None:
+    """A few numbers a sample, as kernels read them."""
+    return None if x is None else x.contiguous()
+
+
+def allocate(problem: Problem, needs: Sequence[bool]) -> list[Tensor | None]:
     """Uninitialised gradients of the tensors in ``needs``; those of prompts are contiguous, as their sum is."""
     p = problem
     grads = [torch.empty_like(x) if need else None for x, need in zip((p.query, p.key, p.value), needs, strict=False)]
@@ -184,9 +212,19 @@ def _tile(config: Config, prompts: int) -> dict[str, int]:
 
 
 def plan_backward(
-    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: list[Tensor | None]
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grads: list[Tensor | None],
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> list[Launch]:
-    """The launches that fill those gradients that are not None; a part that nobody needs is not launched."""
+    """The launches that fill those gradients that are not None; a part that nobody needs is not launched.
+
+    ``order`` and ``starts`` are what `readers` gives.
+    """
     p = problem
     dq, dk, dv, dpk, dpv = grads
     delta = torch.empty_like(lse)
@@ -202,7 +240,7 @@ def plan_backward(
     if dk is not None or dv is not None:
         plan.append(_plan_key_value(p, state, dk, dv))
     if any(x is not None and x.numel() for x in (dpk, dpv)):
-        plan += _plan_prompt(p, state, dpk, dpv)
+        plan += _plan_prompt(p, state | {"order": order, "starts": starts}, dpk, dpv)
     return plan
 
 
@@ -252,9 +290,8 @@ def _plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None
     splits = max(1, min(tiles(rows, bank * config.rows), PROGRAMS // (bank * heads_kv * count)))
     shape = (splits, bank, heads_kv, prompts, dim)
     work = [None if x is None else x.new_empty(shape, dtype=torch.float32) for x in (dpk, dpv)]
-    order, starts = _readers(p, bank)
     arguments = state | {
-        "query": p.query, "prompt_key": p.prompt_key, "prompt_value": p.prompt_value, "order": order, "starts": starts,
+        "query": p.query, "prompt_key": p.prompt_key, "prompt_value": p.prompt_value,
         "work_key": work[0], "work_value": work[1],
         "sq": strides(p.query), "spk": strides(p.prompt_key), "spv": strides(p.prompt_value),
         "heads_kv": heads_kv, "tiles": count, "splits": splits, "bank": bank, "tq": p.query.shape[2],
@@ -275,16 +312,19 @@ def plan_reduce(work: Tensor, grad: Tensor) -> Launch:
     return Launch(reduce_kernel, tiles(grad.numel(), REDUCE), sizes, {"BLOCK": REDUCE}, Config(REDUCE, 0, 4, 1))
 
 
-def _readers(p: Problem, bank: int) -> tuple[Tensor | None, Tensor | None]:
-    """Rows sorted by the prompt they read, and where each prompt's begin; None where equal runs in order say it all."""
-    index = p.prompt_index
-    if p.cu_seqlens is not None and index is None and bank > 1:
-        index = torch.arange(bank, device=p.query.device)
+def readers(
+    query: Tensor, prompts: Tensor, index: Tensor | None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Rows ``[B,H,T,D]`` sorted by the prompt ``[G,...]`` they read, and where each prompt's begin; None where equal
+    runs in order say it all.
+    """
+    bank, device = len(prompts), query.device
+    if cu_seqlens is not None and index is None and bank > 1:
+        index = torch.arange(bank, device=device)
     if index is None:
         return None, None
-    lengths = p.rows if p.cu_seqlens is None else p.cu_seqlens.diff()
-    total = p.query.shape[0] * p.query.shape[2]
-    reads = torch.repeat_interleave(index, lengths, output_size=total)
+    lengths = query.shape[2] if cu_seqlens is None else cu_seqlens.diff()
+    reads = torch.repeat_interleave(index, lengths, output_size=query.shape[0] * query.shape[2])
     order = reads.argsort(stable=True)
-    bounds = torch.arange(bank + 1, device=reads.device)
+    bounds = torch.arange(bank + 1, device=device)
     return order.to(torch.int32), torch.searchsorted(reads[order], bounds).to(torch.int32)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .prompt_attention import Problem, allocate, plan_backward, plan_forward
+from .launch import launch
+from .prompt_attention import Problem, allocate, array, plan_backward, plan_forward, readers
 
 
 def _view(x: Tensor) -> Tensor:
@@ -36,13 +37,20 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[T,Hq,D]`` and lse ``[T,Hq]`` float32."""
+    tensors = (query, key, value, prompt_key, prompt_value, array(cu_seqlens), array(prompt_index))
+    out, lse = launch(_forward, tensors, (max_seqlen, is_causal, scale))
+    return out, lse
+
+
+def _forward(
+    query, key, value, prompt_key, prompt_value, cu_seqlens, prompt_index, max_seqlen, is_causal, scale
+):  # fmt: skip
     problem = _problem(
         query, key, value, prompt_key, prompt_value, cu_seqlens, prompt_index, max_seqlen, is_causal, scale
     )
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    plan_forward(problem, _view(out), _view(lse)).run()
-    return out, lse
+    return [out, lse], [plan_forward(problem, _view(out), _view(lse))]
 
 
 def backward(
@@ -63,12 +71,23 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of those of the five tensors that ``needs`` names, in their order."""
+    ends, index = array(cu_seqlens), array(prompt_index)
+    order, starts = readers(_view(query), prompt_key, index, ends) if needs[3] or needs[4] else (None, None)
+    tensors = (
+        grad_out, grad_lse, query, key, value, prompt_key, prompt_value, ends, index, out, lse, order, starts
+    )  # fmt: skip
+    return launch(_backward, tensors, (max_seqlen, is_causal, scale, tuple(needs)))
+
+
+def _backward(
+    grad_out, grad_lse, query, key, value, prompt_key, prompt_value, cu_seqlens, prompt_index, out, lse, order, starts,
+    max_seqlen, is_causal, scale, needs,
+):  # fmt: skip
     problem = _problem(
         query, key, value, prompt_key, prompt_value, cu_seqlens, prompt_index, max_seqlen, is_causal, scale
     )
     grads = allocate(problem, needs)
     states = (_view(out), _view(lse), _view(grad_out), None if grad_lse is None else _view(grad_lse))
-    for step in plan_backward(problem, *states, grads):
-        step.run()
+    plan = plan_backward(problem, *states, grads, order, starts)
     instance = [x if x is None else x.squeeze(0).transpose(0, 1) for x in grads[:3]]
-    return [x for x in (*instance, *grads[3:]) if x is not None]
+    return [x for x in (*instance, *grads[3:]) if x is not None], plan

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import configs
 from .configs import Config, padded
 from .diffuse_prompts import plan_columns
-from .launch import Launch, upcast
+from .launch import Launch, launch, upcast
 from .prompt_attention import tiles
 from .summarize_tokens_kernels import summarize_kernel, summarize_slopes_kernel, summarize_tokens_kernel
 
@@ -26,9 +26,6 @@ class Problem:
     selectors: Tensor
     x: Tensor
     scale: float
-
-    def __post_init__(self):
-        object.__setattr__(self, "selectors", self.selectors.contiguous())
 
     @property
     def rows(self) -> int:
@@ -63,21 +60,28 @@ class Problem:
 
 def forward(selectors: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[T,B,S,C]`` and lse ``[T,B,S]``, contiguous."""
+    out, lse = launch(_forward, (selectors.contiguous(), x), (scale,))
+    return out, lse
+
+
+def _forward(selectors, x, scale):
     tasks, count, width = selectors.shape
     out = x.new_empty(tasks, len(x), count, width)
     lse = x.new_empty(tasks, len(x), count, dtype=torch.float32)
-    plan_forward(Problem(selectors, x, scale), out, lse).run()
-    return out, lse
+    return [out, lse], [plan_forward(Problem(selectors, x, scale), out, lse)]
 
 
 def backward(
     grad_out: Tensor, selectors: Tensor, x: Tensor, out: Tensor, lse: Tensor, scale: float, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of those of (selectors, x) that ``needs`` names, in their order."""
+    return launch(_backward, (grad_out, selectors.contiguous(), x, out, lse), (scale, tuple(needs)))
+
+
+def _backward(grad_out, selectors, x, out, lse, scale, needs):
     dsel, dx = (t.new_empty(t.shape) if need else None for t, need in zip((selectors, x), needs, strict=True))
-    for step in plan_backward(Problem(selectors, x, scale), out, lse, grad_out, dsel, dx):
-        step.run()
-    return [t for t in (dsel, dx) if t is not None]
+    plan = plan_backward(Problem(selectors, x, scale), out, lse, grad_out, dsel, dx)
+    return [t for t in (dsel, dx) if t is not None], plan
 
 
 def plan_forward(p: Problem, out: Tensor, lse: Tensor) -> Launch:
