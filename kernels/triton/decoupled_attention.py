@@ -61,7 +61,7 @@ class Problem:
         }  # fmt: skip
         arguments: dict[str, object] = {"query": self.query, "sq": strides(self.query)}
         arguments |= {name: tuple(x) for name, x in each.items()}
-        arguments |= {f"s{name[0]}": tuple(map(strides, x)) for name, x in each.items()}
+        arguments |= {f"s{name[0]}": tuple(map(branch_strides, x)) for name, x in each.items()}
         arguments |= {
             "factors": tuple(x.factor for x in self.branches), "lengths": tuple(x.length for x in self.branches),
             "heads": heads, "groups": heads // self.branches[0].key.shape[1], "tiles": count,
@@ -146,6 +146,14 @@ def backward(
             grad = torch.zeros_like(weight)
             found.append(grad.copy_(delta[computed.index(j)].sum_to_size(weight.shape)) if j in computed else grad)
     return [x for x in (dq, *grads) if x is not None] + found
+
+
+def branch_strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of one branch's tensor; where there is none ones, which Triton compiles in as constants.
+
+    None beside the strides of another branch makes Triton 3.6 forget which of those are constants.
+    """
+    return strides(x) or (1,) * 4
 
 
 def _problem(query, keys, values, weights, factors, attn_masks, is_causal, scale) -> tuple[Problem, list[int]]:
