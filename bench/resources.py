@@ -233,11 +233,12 @@ def source(launch: Launch) -> ASTSource:
         def describe(value: Any, path: tuple[int, ...], parameter: Any = parameter) -> Any:
             if isinstance(value, tuple) and not parameter.is_constexpr:
                 return tuple(describe(x, (*path, i)) for i, x in enumerate(value))
-            number = isinstance(value, int) and not parameter.do_not_specialize
+            special = not parameter.do_not_specialize
+            number = isinstance(value, int) and special
             if parameter.is_constexpr or value is None or (number and value == 1):
                 constants[path] = value
                 return "constexpr"
-            if isinstance(value, Tensor) or (number and value % 16 == 0):
+            if (isinstance(value, Tensor) and special) or (number and value % 16 == 0):
                 attributes[path] = [["tt.divisibility", 16]]
             if isinstance(value, Tensor):
                 return "*" + SCALARS[value.dtype]

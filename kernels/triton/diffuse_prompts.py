@@ -64,7 +64,7 @@ class Problem:
     def inputs(self) -> dict[str, object]:
         """What both kernels that own tokens read."""
         return {
-            "x": self.x, "base": self.base, "prompts": self.prompts, "keys": self.keys, "log_scale": self.log_scale,
+            "x": self.x, "base": self.base, "values": self.prompts, "keys": self.keys, "log_scale": self.log_scale,
             "sx": self.x.stride(), "sb": None if self.base is None else self.base.stride(),
             "tokens": self.x.shape[1], "rows_total": self.rows, "count": len(self.keys),
         }  # fmt: skip

@@ -49,7 +49,7 @@ def activate(scores, there, SOFTMAX: tl.constexpr, ROWMAX: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def diffuse_kernel(
-    x, base, prompts, keys, log_scale, out, sx, sb, so, tokens, rows_total, count,
+    x, base, values, keys, log_scale, out, sx, sb, so, tokens, rows_total, count,
     SOFTMAX: tl.constexpr, ROWMAX: tl.constexpr, UPCAST: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def diffuse_kernel(
     factor = tl.exp(tl.load(log_scale))
     base_at, out_at = row_offsets(rows, tokens, sb), row_offsets(rows, tokens, so)
     for c in range(0, C, BLOCK_C):
-        p = matmul_input(load_columns(prompts, learned, there, c, 1, C, BLOCK_C), UPCAST)
+        p = matmul_input(load_columns(values, learned, there, c, 1, C, BLOCK_C), UPCAST)
         read = tl.dot(active, p, input_precision="ieee")
         own = load_columns(base, base_at, live, c, sb[2], C, BLOCK_C).to(tl.float32)
         store_columns(out, factor * (own + peak[:, None] * read), out_at, live, c, so[2], C, BLOCK_C)
@@ -78,7 +78,7 @@ def diffuse_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def diffuse_rows_kernel(
-    grad_out, x, base, prompts, keys, log_scale, grad_x, grad_base, kept_active, kept_slope, kept_weight, partial,
+    grad_out, x, base, values, keys, log_scale, grad_x, grad_base, kept_active, kept_slope, kept_weight, partial,
     sg, sx, sb, sdx, sdb, tokens, rows_total, count,
     SOFTMAX: tl.constexpr, ROWMAX: tl.constexpr, UPCAST: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -99,7 +99,7 @@ def diffuse_rows_kernel(
         k = matmul_input(load_columns(keys, learned, there, c, 1, C, BLOCK_C), UPCAST)
         scores = tl.dot(x_tile, k.T, scores, input_precision="ieee")
         g = load_columns(grad_out, g_at, live, c, sg[2], C, BLOCK_C)
-        p = matmul_input(load_columns(prompts, learned, there, c, 1, C, BLOCK_C), UPCAST)
+        p = matmul_input(load_columns(values, learned, there, c, 1, C, BLOCK_C), UPCAST)
         slope = tl.dot(matmul_input(g, UPCAST), p.T, slope, input_precision="ieee")
         if grad_base is not None:
             base_at = row_offsets(rows, tokens, sdb)
