@@ -13,6 +13,9 @@ from fastprompt import config
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: The device whose tensors have no values, and no autocast: PyTorch raises when asked about it.
+SHAPES_ALONE = "meta"
+
 #: The five tensors of prompt attention.
 NAMES = ("query", "key", "value", "prompt_key", "prompt_value")
 
@@ -148,7 +151,7 @@ def has_values(x: Tensor) -> bool:
     """False while compiling and for meta and fake tensors, which carry shapes alone."""
     if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
         return False
-    return x.device.type != "meta"
+    return x.device.type != SHAPES_ALONE
 
 
 def readable(x: Tensor) -> bool:
@@ -159,7 +162,7 @@ def readable(x: Tensor) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast float32 tensors to the autocast dtype, where autocast is on, as PyTorch's own attention does."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == SHAPES_ALONE or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -167,7 +170,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(device: str) -> AbstractContextManager:
     """Keep autocast from casting inside an operation that chose its dtypes with `autocast`."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if device == SHAPES_ALONE else torch.autocast(device, enabled=False)
 
 
 def check_finite(*tensors: Tensor, name: str = "prompts") -> None:
