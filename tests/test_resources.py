@@ -10,9 +10,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import first_call
-from bench.resources import SHARED_LIMIT, SHARED_SERVED, SHOWN, VARIANTS, Job, Usage, faults, table
+from bench.resources import SHARED_LIMIT, SHARED_SERVED, SHOWN, VARIANTS, Job, Usage, faults, plans, table
+from fastprompt.kernels.tiles import SIZES
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
@@ -38,6 +40,16 @@ def test_half_precision_does_not_spill(tmp_path):
     for row in rows:
         assert row["stack"] == 0, row
         assert 0 < row["registers"] <= 255 and row["shared"] <= SHARED_SERVED[int(row["target"][5:])], row
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_triton_must_know_of_arguments_reaches_it(variant):
+    """That pointers are aligned, or it loads number by number; and constants in tuples, of which 3.6 loses some."""
+    for launch in plans(variant, torch.bfloat16, 64):
+        for name, value in launch.arguments.items():
+            assert not (isinstance(value, torch.Tensor) and name in SIZES), f"{name}: a pointer, not a size"
+            if isinstance(value, tuple):
+                assert len({isinstance(x, tuple) for x in value}) == 1, f"{name}: {value} has two depths"
 
 
 def test_the_committed_table_has_no_spills_in_half_precision():

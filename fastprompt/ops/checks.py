@@ -16,6 +16,9 @@ from fastprompt.ops.direct import PLAIN
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: The device whose tensors have no values, and no autocast: PyTorch raises when asked about it.
+SHAPES_ALONE = "meta"
+
 #: The five tensors of prompt attention.
 NAMES = ("query", "key", "value", "prompt_key", "prompt_value")
 
@@ -199,7 +202,7 @@ def has_values(x: Tensor) -> bool:
     """False while compiling and for meta and fake tensors, which carry shapes alone."""
     if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
         return False
-    return x.device.type != "meta"
+    return x.device.type != SHAPES_ALONE
 
 
 def readable(x: Tensor) -> bool:
@@ -217,8 +220,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast casts to on this kind of device; None where it is off."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+    return torch.get_autocast_dtype(device) if device != SHAPES_ALONE and torch.is_autocast_enabled(device) else None
 
 
 def without_autocast(device: str) -> AbstractContextManager:

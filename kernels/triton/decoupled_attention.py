@@ -57,7 +57,7 @@ class Problem:
         }  # fmt: skip
         arguments: dict[str, object] = {"query": self.query, "sq": strides(self.query)}
         arguments |= {name: tuple(x) for name, x in each.items()}
-        arguments |= {f"s{name[0]}": tuple(map(strides, x)) for name, x in each.items()}
+        arguments |= {f"s{name[0]}": tuple(map(branch_strides, x)) for name, x in each.items()}
         arguments |= {
             "factors": tuple(x.factor for x in self.branches), "lengths": tuple(x.length for x in self.branches),
             "heads": heads, "groups": heads // self.branches[0].key.shape[1], "tiles": count,
@@ -152,6 +152,14 @@ def _backward(query, *rest):
     of_computed = [(grads[j], grads[count + j]) for j in _computed(keys, weights, factors)]
     plan = plan_backward(problem, lse, delta, grad_out, dq, of_computed, any(needs[1 + 2 * count :]))
     return [x for x in (delta, dq, *grads) if x is not None], plan
+
+
+def branch_strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of one branch's tensor; where there is none ones, which Triton compiles in as constants.
+
+    None beside the strides of another branch makes Triton 3.6 forget which of those are constants.
+    """
+    return strides(x) or (1,) * 4
 
 
 def _parts(tensors: Sequence, count: int) -> list[Sequence]:
