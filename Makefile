@@ -56,8 +56,8 @@ sanitize-gpu: installed
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=0 \
 	tests/test_sanitized.py $(PYTEST_ARGS) || exit 1; done
 
-# Ceilings, tests, every case of bench/suite.py, into bench/results/GPU-DATE.jsonl. MINUTES=8 stops there (exit status
-# 75), and the same command goes on; CASES="decode ..." measures these alone.
+# Into bench/results/GPU-DATE.jsonl: ceilings, a sample of the tests, what bench/targets.py aims at, then all tests and
+# cases. MINUTES=8 stops there (exit status 75), and the same command goes on; CASES="decode ..." measures these alone.
 bench-gpu: installed
 	$(PYTHON) -m bench.suite --device cuda $(if $(MINUTES),--minutes $(MINUTES)) $(CASES)
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import rows
+from bench import targets
 from bench.roofline import share
 from bench.rows import Row, by_params, ceilings, holding, key, read
+from bench.rows import gpu_files as files
 from bench.tables import best_peer, ceilings_text, detail
 
 TRAINING = {"mode": "forward+backward", "dtype": "bfloat16"}
@@ -48,13 +48,9 @@ SHOWN = (
     Shown("prefill_compress", {}, "{tokens:,} tokens, LOOK-M, {keep:.0%} stay", "lookm", "plain"),
     Shown("decode", {}, "behind {tokens:,} tokens, LOOK-M, 20% stay", "lookm 20%", "plain"),
 )
+#: The name of the tests that run first.
+SAMPLE = "a sample of all"
 HEAD = ("case", "", "dtype", "what else there is", "fastprompt", "ratio", "of its bound", "peak memory")
-
-
-def files() -> list[Path]:
-    """Results of GPUs, ``GPU-DATE.jsonl``, the oldest first."""
-    found = [f for f in rows.RESULTS.glob("*.jsonl") if re.search(r"-\d{4}-\d\d-\d\d$", f.stem)]
-    return sorted(found, key=lambda f: (f.stem[-10:], f.stem))
 
 
 def block() -> str:
@@ -125,7 +121,7 @@ def summary(file: Path, cases: Sequence[str]) -> str:
     parts += [f"Ceilings: {ceilings_text(found)}"] if found else []
     parts += [_tests(file)]
     groups = by_params(measured)
-    parts += [table(groups, found)]
+    parts += [table(groups, found), "What was aimed at:", targets.table(groups, found)]
     for case in dict.fromkeys(r["case"] for r in measured):
         own = [group for group in groups if group[0]["case"] == case]
         parts += [f"## `{case}`", *(detail(group, found) for group in own)]
@@ -136,9 +132,11 @@ def summary(file: Path, cases: Sequence[str]) -> str:
 
 def _tests(file: Path) -> str:
     found = holding(file, "tests")
+    found = [t for t in found if t["tests"] != SAMPLE] or found  # all of them hold it too
     if not found:
         return "Tests of the kernels on this GPU: *not run*."
     passed, skipped = (sum(t[name] for t in found) for name in ("passed", "skipped"))
-    failed = [f"`{t['tests']}::{name}`" for t in found for name in t["failed"]]
+    failed = [f"`{name}`" for t in found for name in t["failed"]]
     which = f": {', '.join(failed)}" if failed else ""
-    return f"Tests of the kernels on this GPU: {passed} passed, {skipped} skipped, {len(failed)} failed{which}."
+    of = f" ({SAMPLE})" if found[0]["tests"] == SAMPLE else ""
+    return f"Tests of the kernels on this GPU{of}: {passed} passed, {skipped} skipped, {len(failed)} failed{which}."

@@ -28,6 +28,8 @@ from fastprompt.errors import ImplUnavailableError
 OOM = "oom"
 WRONG = "wrong"
 FAILED = "failed"
+#: What ended the process that ran it: an error after which a device cannot be used, or a crash.
+DIED = f"{FAILED}: its process ended"
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
@@ -43,8 +45,8 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
     except (torch.OutOfMemoryError, MemoryError):
         why_not = OOM
     except Exception as error:
-        if "DefaultCPUAllocator: can't allocate memory" in str(error):
-            why_not = OOM
+        if any(text in str(error) for text in ("DefaultCPUAllocator: can't allocate memory", "_STATUS_ALLOC_FAILED")):
+            why_not = OOM  # of the host; of a library of CUDA
         else:
             traceback.print_exc()  # the others go on, and the run fails
             why_not = f"{FAILED}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -86,30 +88,45 @@ def wall_clock(step: Callable[[], Any]) -> float:
 class DeviceClock:
     """Seconds that a GPU works on a step, from events around it.
 
-    The device first naps, so that the host has queued all launches before the first one starts and its overhead does
-    not count, and then overwrites its L2 cache, so that a step does not find what the one before left there.
+    The device first naps, so that the host has queued the launches before the first one starts and its overhead does
+    not count, and then overwrites its L2 cache, so that a step does not find what the one before left there. How long
+    it must nap is found for every step, in its first calls. A step that waits for the device itself, or launches more
+    than the device's queue holds, keeps the host until the nap is over, however long: it gets no longer one.
     """
 
-    LONGEST_NAP = 1 << 31  # a second, enough for many layers of a model
+    SHORTEST, LONGEST = 1e-3, 0.25  # seconds
+    CYCLES = 2e9  # a second's, at most: a slower clock naps longer
 
     def __init__(self):
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-        self.nap = 1 << 23  # cycles, some 4 ms
+        self.naps: dict[Callable[[], Any], tuple[float, bool]] = {}  # seconds, and whether the step waits
 
     def __call__(self, step: Callable[[], Any]) -> float:
+        nap, waits = self.naps.get(step, (self.SHORTEST, False))
+        seconds, queued, late = self._time(step, nap)
+        while late and not waits and nap < self.LONGEST:
+            nap = min(2 * max(nap, queued), self.LONGEST)
+            seconds, queued, late = self._time(step, nap)
+            waits = late and queued > 0.7 * nap
+        if not late:  # the first call of all may have compiled for seconds
+            nap = min(nap, max(4 * queued, self.SHORTEST))
+        self.naps[step] = nap, waits
+        return seconds
+
+    def _time(self, step: Callable[[], Any], nap: float) -> tuple[float, float, bool]:
+        """Seconds on the device; those in which the host queued the step; whether the device woke before."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         synchronize()
-        torch.cuda._sleep(self.nap)
+        torch.cuda._sleep(int(nap * self.CYCLES))
         self.flush.zero_()
         start.record()
+        before = time.perf_counter()
         step()
+        queued = time.perf_counter() - before
         late = start.query()
         end.record()
         synchronize()
-        if late and self.nap < self.LONGEST_NAP:  # the device woke before everything was queued
-            self.nap *= 2
-            return self(step)
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3, queued, late
 
 
 def synchronize() -> None:

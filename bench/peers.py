@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as others compute it: PyTorch's backends by name, flex_attention, xformers, flash-attn."""
+"""Attention as others compute it: PyTorch's backends by name, flex_attention, xformers, flash-attn, FlashInfer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def on_backend(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             with sdpa_kernel(BACKENDS[name]):
                 return function(*args, **kwargs)
         except RuntimeError as error:
-            if "No available kernel" not in str(error):
+            # PyTorch's two words for it, and those of cuDNN about a shape.
+            if not any(text in str(error) for text in ("No available kernel", "No viable backend", "cuDNN Frontend")):
                 raise
             raise CannotRun(f"the {name} backend takes no tensors like these here") from error
 
@@ -52,8 +53,10 @@ def no_flex(device: str, train: bool) -> str | None:
     return "flex_attention has no backward on a CPU" if train and device == "cpu" else None
 
 
-def missing(package: str, device: str) -> str | None:
-    """Why a package of CUDA kernels cannot run."""
+def missing(package: str, device: str, train: bool = False) -> str | None:
+    """Why a package of CUDA kernels cannot run, or cannot ``train``, as one for inference."""
+    if train:
+        return f"{package} has no backward"
     return f"{package} runs on CUDA" if device == "cpu" else None if find_spec(package) else "not installed"
 
 
@@ -73,6 +76,47 @@ def flash_attn_varlen(
     """flash-attn over packed rows ``[T,H,D]``, causal: the last query of a sequence sees its last key."""
     from flash_attn import flash_attn_varlen_func
 
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise CannotRun(f"flash-attn takes no {query.dtype} tensors")
+    _in_half_precision("flash-attn", query.dtype)
     return flash_attn_varlen_func(query, key, value, query_ends, key_ends, *longest, causal=True)
+
+
+def flashinfer_cascade(ends: Tensor, heads: int, dim: int, dtype: torch.dtype, causal: bool) -> Callable[..., Tensor]:
+    """FlashInfer over packed rows ``[T,H,D]`` of sequences that share keys and values ``[H,P,D]``.
+
+    Two of its kernels, all rows over the shared keys and every sequence over its own, and its merge of both.
+    """
+    import flashinfer
+
+    _in_half_precision("flashinfer", dtype)
+    own = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(ends.device), "NHD")
+    own.plan(ends, ends, heads, heads, dim, causal=causal, q_data_type=dtype)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, shared_key: Tensor, shared_value: Tensor) -> Tensor:
+        shared = flashinfer.single_prefill_with_kv_cache(
+            query, shared_key.contiguous(), shared_value.contiguous(), causal=False, kv_layout="HND", return_lse=True
+        )
+        return flashinfer.merge_state(*shared, *own.run(query, key, value, return_lse=True))[0]
+
+    return attend
+
+
+def flashinfer_decode(query: Tensor, key: Tensor, value: Tensor, tensor_cores: bool) -> Tensor:
+    """FlashInfer of one token of one sequence, ``[1,Hq,1,D]`` over ``[1,Hkv,T,D]``."""
+    import flashinfer
+
+    _in_half_precision("flashinfer", query.dtype)
+    if len(query) != 1:
+        raise CannotRun(f"of a single sequence, not of {len(query)}")
+    out = flashinfer.single_decode_with_kv_cache(
+        query[0, :, 0], key[0], value[0], kv_layout="HND", use_tensor_cores=tensor_cores
+    )
+    return out.view(query.shape)
+
+
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(128 << 20, dtype=torch.uint8, device=device)  # what its documentation takes
+
+
+def _in_half_precision(package: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise CannotRun(f"{package} takes no {dtype} tensors")

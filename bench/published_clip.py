@@ -7,9 +7,11 @@ are the text, vision and projected widths, M the context tokens, C the classes. 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,12 @@ def clip_model(
     vision_layers: int | None = None,
 ) -> CLIPModel:  # fmt: skip
     """A frozen CLIP ViT-B/16 (by default) with random weights of trained scales; the same in every call."""
+    layers_of_vision = layers if vision_layers is None else vision_layers
+    return copy.deepcopy(_drawn(device, width, layers, vocab, pixels, layers_of_vision)).to(dtype)
+
+
+@lru_cache(maxsize=1)  # a case asks for one again and again, and a processor takes seconds to draw it
+def _drawn(device: str, width: int, layers: int, vocab: int, pixels: int, vision_layers: int) -> CLIPModel:
     torch.manual_seed(0)
     vision = width * 3 // 2
     ends = {"bos_token_id": vocab - 2, "eos_token_id": vocab - 1}
@@ -57,18 +65,18 @@ def clip_model(
         },
         vision_config={
             "hidden_size": vision, "num_attention_heads": vision // 64, "intermediate_size": 4 * vision,
-            "num_hidden_layers": layers if vision_layers is None else vision_layers, "patch_size": 16,
-            "image_size": pixels,
+            "num_hidden_layers": vision_layers, "patch_size": 16, "image_size": pixels,
         },
     )  # fmt: skip
-    model = CLIPModel(config).eval().requires_grad_(False)
+    with torch.device(device):
+        model = CLIPModel(config).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.weight.normal_(1, 0.1)
         if getattr(module, "bias", None) is not None:
             module.bias.normal_(0, 0.1)
     model.logit_scale.fill_(math.log(100))
-    return model.to(device, dtype)
+    return model
 
 
 def unit(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.measure import DeviceClock, machine, wall_clock
-from bench.rows import RESULTS, Row, append, by_params, read, settings
+from bench.rows import RESULTS, Row, append, by_params, gpu_files, read, settings
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 COPIES = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes
@@ -72,7 +72,7 @@ def table(rows: list[Row], found: dict[str, float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure the ceilings, print them and the shares, and append one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="*", help="results of this device [bench/results/*-DEVICE.jsonl]")
+    parser.add_argument("files", type=Path, nargs="*", help="results of this device [all in bench/results]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="append the ceilings to this file")
     args = parser.parse_args(argv)
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  product in {name:<9} {rate / 1e9:10.1f} GFLOP/s")
     if args.json:
         append(args.json, [{"ceilings": found, "machine": header}])
-    files = args.files or sorted(RESULTS.glob(f"*-{args.device}.jsonl"))
+    files = args.files or (gpu_files() if args.device == "cuda" else sorted(RESULTS.glob("*-cpu.jsonl")))
     rows = [row for file in files for row in read(file)]
     for device in {row["machine"]["device"] for row in rows} - {header["device"]}:
         print(f"rows of another device ({device}) are held against the ceilings of this one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def ceilings(file: Path) -> dict[str, float]:
     """The ceilings that a file holds, measured last; empty if none."""
     found = holding(file, "ceilings")
     return found[-1]["ceilings"] if found else {}
+
+
+def gpu_files() -> list[Path]:
+    """Results of GPUs, ``GPU-DATE.jsonl``, the oldest first."""
+    found = [f for f in RESULTS.glob("*.jsonl") if re.search(r"-\d{4}-\d\d-\d\d$", f.stem)]
+    return sorted(found, key=lambda f: (f.stem[-10:], f.stem))
 
 
 def key(row: Row) -> tuple[str, str, str]:

@@ -10,8 +10,9 @@ import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from bench import cases
 from bench.case import CannotRun, Case, Provider, difference
 from bench.measure import (
+    DIED,
     FAILED,
     OOM,
     WRONG,
@@ -81,10 +83,13 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+def measure(
+    case: Case, device: str, rounds: int, peak: Callable[[str], Any], tell: Callable[[str | None], Any] = str
+) -> dict[str, dict[str, Any]]:
     """One row a provider: times, ratios and peak memory, or why there are none.
 
-    ``peak(provider)`` returns bytes, or a text that says why it cannot run.
+    ``peak(provider)`` returns bytes, or a text that says why it cannot run; ``tell(provider)`` is called before it is
+    run for the first time, and with None before all are timed.
     """
     want, why_not = attempt(case.reference)
     if why_not:  # nothing is timed unchecked
@@ -92,13 +97,17 @@ def measure(case: Case, device: str, rounds: int, peak: Callable[[str], Any]) ->
     rows: dict[str, dict[str, Any]] = {}
     steps = {}
     for name, provider in case.providers.items():
+        if not provider.why_not:
+            tell(name)
         rows[name] = _examine(case, name, want, peak)
+        synchronize()  # after an error of the device this raises, while it is known whose it is
         if "why_not" not in rows[name]:
             step, why_not = attempt(provider.build)
             if why_not:
                 rows[name] = {"why_not": why_not}
             else:
                 steps[name] = step
+    tell(None)
     clock = DeviceClock() if device == "cuda" and case.device_time else wall_clock
     times, failed = interleave(steps, rounds, clock)
     for name, numbers in summary(times, case.baseline).items():
@@ -110,7 +119,7 @@ def _examine(case: Case, name: str, want: list[Tensor], peak: Callable[[str], An
     """What is known of a provider before it is timed: its difference from the reference, peak memory, counted work."""
     provider = case.providers[name]
     if provider.why_not:
-        return {"why_not": f"not run: {provider.why_not}"}
+        return {"why_not": provider.why_not if provider.why_not == DIED else f"not run: {provider.why_not}"}
     found, why_not = attempt(lambda: difference(case, name, want))
     if why_not is None:
         peak_bytes, why_not = attempt(lambda: peak(name))
@@ -156,8 +165,11 @@ def show(case: Case, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check, time and measure a case; print a table, append JSON lines; 1 if a provider is wrong or fails."""
+def main(argv: list[str] | None = None, tell: Callable[[dict[str, Any]], Any] = dict) -> int:
+    """Check, time and measure a case; print a table, append JSON lines; 1 if a provider is wrong or fails.
+
+    ``tell`` gets what is about to run, as far as it is known: ``case``, ``set``, ``params``, ``provider``.
+    """
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("case", choices=names())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -186,10 +198,12 @@ def main(argv: list[str] | None = None) -> int:
     wrong = False
     for params in grid(args.set):
         given = params | ({"isa": args.isa} if args.isa else {})
-        if args.resume and args.json and _measured(args.json, args.case, set=given):
+        if args.resume and args.json and measured(args.json, args.case, args.providers, set=given):
             continue
         if monotonic() - start > 60 * args.minutes:
             return GO_ON
+        doing = {"case": args.case, "set": given}
+        tell(doing)
         give_back()  # what the last set of parameters held
         torch.compiler.reset()  # a provider compiled for other shapes would be compiled again for any, and run slower
         case = build(args.case, args.device, params, args.providers)
@@ -198,15 +212,20 @@ def main(argv: list[str] | None = None) -> int:
         if args.memory_of:
             print(json.dumps(_peak(case, args.memory_of, args.device)))
             continue
-        if args.resume and args.json and _measured(args.json, args.case, params=case.params):
+        if args.resume and args.json and measured(args.json, args.case, args.providers, params=case.params):
             continue
+        if args.device == "cuda":
+            _prepare_for_gpu(case, args.json)
 
         def peak(provider: str, case: Case = case, params: dict = params) -> int | str:
             if args.device == "cpu":
                 return peak_in_fresh_process(case.name, args.device, params, provider, args.isa)
             return _peak(case, provider, args.device)
 
-        rows = measure(case, args.device, args.rounds, peak)
+        def about(provider: str | None, doing: dict = doing, case: Case = case) -> None:
+            tell(doing | ({"params": case.params, "provider": provider} if provider else {}))
+
+        rows = measure(case, args.device, args.rounds, peak, about)
         synchronize()  # after an error of the device this raises, before rows are kept that only repeat it
         wrong |= any(r.get("why_not", "").startswith((WRONG, FAILED)) for r in rows.values())
         print(show(case, rows), end="\n\n", flush=True)
@@ -215,20 +234,44 @@ def main(argv: list[str] | None = None) -> int:
                 "baseline": case.baseline, "params": case.params, "set": given, "rounds": args.rounds,
                 "machine": header,
             }  # fmt: skip
+            common |= {"only": args.providers} if args.providers else {}
             append(args.json, [{"case": case.name, "provider": n, **r, **common} for n, r in rows.items()])
-        del case, peak
+        del case, peak, about
     return int(wrong)
 
 
+def _prepare_for_gpu(case: Case, file: Path | None) -> None:
+    """Build a provider once, for its memory and its times, and leave out those that ended a process before."""
+    ended = {r["provider"] for r in (read(file) if file else ()) if is_of(r, case) and r.get("why_not") == DIED}
+    for name, provider in case.providers.items():
+        why_not = DIED if name in ended else provider.why_not
+        case.providers[name] = replace(provider, build=cache(provider.build), why_not=why_not)
+
+
+def is_of(row: dict[str, Any], case: Case) -> bool:
+    """Whether a row is of these parameters of the case."""
+    return row["case"] == case.name and row["params"] == case.params
+
+
 def _peak(case: Case, provider: str, device: str) -> int | str:
-    step, why_not = attempt(case.providers[provider].build)
+    build = case.providers[provider].build
+    step, why_not = attempt(build)
     if why_not is None:
         found, why_not = attempt(lambda: peak_memory(lambda: (step(), step()), device))
+    if why_not and hasattr(build, "cache_clear"):
+        build.cache_clear()  # what did not fit
     return why_not or found
 
 
-def _measured(file: Path, case: str, **known: dict[str, Any]) -> bool:
-    return any(r["case"] == case and r.get(name) == value for r in read(file) for name, value in known.items())
+def measured(file: Path, case: str, only: Sequence[str] | None, **known: dict[str, Any]) -> bool:
+    """Whether a file has rows of a case with ``known``, of all providers or of those in ``only``."""
+    for row in read(file):
+        if row["case"] != case or any(row.get(name) != value for name, value in known.items()):
+            continue
+        died = row.get("why_not") == DIED and "set" not in row  # one provider, before the others were measured
+        if not died and ("only" not in row or (only and set(only) <= set(row["only"]))):
+            return True
+    return False
 
 
 if __name__ == "__main__":

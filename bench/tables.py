@@ -9,8 +9,8 @@ from bench.rows import Row, settings, varying
 
 #: Providers that compute something else, or are given more, or are no whole operation.
 OTHERS = (
-    "floor", "same_keys", "flash", "forward", "kernel", "stream", "attention", "attention/concat", "vpt/published",
-    "vpt/fastprompt",
+    "floor", "same_keys", "same_keys/cudnn", "flash", "forward", "kernel", "stream", "attention", "attention/concat",
+    "vpt/published", "vpt/fastprompt",
 )  # fmt: skip
 
 

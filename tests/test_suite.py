@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench_cases import NEEDS, TINY
 
-from bench import gpu_report, report, rows, run, suite
+from bench import forks, gpu_report, report, rows, run, suite
 from bench.case import CannotRun, Case, Provider
 from bench.cases import decode
 from bench.measure import machine
@@ -23,7 +23,7 @@ def here(monkeypatch):
     """Modules run in this process, without a look at memory in processes of their own; what ran is recorded."""
     ran = []
 
-    def module(name, *arguments):
+    def module(name, *arguments, told=None):
         ran.append((name, arguments[0]))
         if name == "bench.roofline":
             rows.append(
@@ -33,7 +33,8 @@ def here(monkeypatch):
             return 0
         return run.main(list(arguments))
 
-    monkeypatch.setattr(suite, "_module", module)
+    monkeypatch.setattr(suite, "module", module)
+    monkeypatch.setattr(forks, "run", module)
     monkeypatch.setattr(run, "peak_in_fresh_process", lambda *args: 1 << 20)
     return ran
 
@@ -42,7 +43,7 @@ def here(monkeypatch):
 def tiny(monkeypatch):
     """Two cases: one with two sets of parameters, and one that cannot run."""
     plan = [Runs("compress_kv", 1, [*SMALL, "merge=drop,pivot"]), Runs("ipadapter", 1, [])]
-    monkeypatch.setattr(suite, "plan", lambda device: iter(plan))
+    monkeypatch.setattr(suite, "rest", lambda device: iter(plan))
 
     def build(name, device, params, only=None):
         if name == "ipadapter":
@@ -127,13 +128,15 @@ def test_tests_are_counted_once(tmp_path, monkeypatch):
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n@pytest.mark.skip\ndef test_skipped(): pass\n"
     )
     file = tmp_path / "abacus-2026-01-02.jsonl"
-    assert suite.run_tests(file, "cpu", folder / "test_three.py", 1.0) == 1
+    assert suite.run_tests(file, "cpu", suite.SAMPLE, [str(folder / "test_three.py")], 1.0) == 1
     (line,) = rows.holding(file, "tests")
-    assert (line["passed"], line["skipped"], line["failed"]) == (1, 1, ["test_bad"])
+    assert (line["passed"], line["skipped"], line["failed"]) == (1, 1, ["test_three::test_bad"])
     page = gpu_report.summary(file, [])
-    assert "1 passed, 1 skipped, 1 failed: `test_three::test_bad`" in page
-    assert suite.run_tests(file, "cpu", folder / "test_none.py", 1.0) > 1  # a file that is not there
+    assert "on this GPU (a sample of all): 1 passed, 1 skipped, 1 failed: `test_three::test_bad`" in page
+    assert suite.run_tests(file, "cpu", "none", [str(folder / "test_none.py")], 1.0) > 1  # a file that is not there
     assert len(rows.holding(file, "tests")) == 1
+    rows.append(file, [line | {"tests": "test_three", "passed": 5}])
+    assert "on this GPU: 5 passed, 1 skipped" in gpu_report.summary(file, [])  # which hold the sample, too
 
 
 def test_every_planned_case_takes_its_parameters(monkeypatch):

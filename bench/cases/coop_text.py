@@ -10,6 +10,7 @@ Operations and token rows are those that a provider computes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def build(
         needed = 0 if name == "fastprompt" else activation_bytes(rows, width, layers, kind)  # it chunks classes
         why_not, counted = too_large(needed, device), work(rows, pooled, known, seen)
         for full, finish in ((name, step), (f"{name}/compiled", compiled)):
-            steps = lambda m=make, f=finish: f(*m())  # noqa: E731
+            steps = cache(lambda m=make, f=finish: f(*m()))  # compiled once, for the check and the clock
             check = lambda s=steps: s()()  # noqa: E731
             providers[full] = Provider(steps, check, why_not=why_not, work=counted, tokens=rows)
     providers |= composed(device, providers)

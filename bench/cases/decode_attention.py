@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one new token over a long cache, grouped-query: `prompt_attention` where a key head has few query rows.
 
-Providers: `sdpa` (PyTorch's, grouped), `sdpa/repeated` (keys and values repeated for every query head, as transformers
-does), `sdpa/folded` (the query heads of a key head as rows of one head), `flex` (compiled flex_attention, grouped),
-fastprompt, and the C++ `kernel` without the operation's checks, as attention over a compressed cache calls it.
+Providers: `sdpa` (PyTorch's, grouped), `sdpa/repeated` (keys and values repeated for every query head, as
+transformers does), `sdpa/folded` (the query heads of a key head as rows of one head), `flex` (compiled
+flex_attention, grouped), `flashinfer` (its kernels for decoding, on the CUDA cores or the tensor cores), fastprompt,
+and the C++ `kernel` without the operation's checks, as attention over a compressed cache calls it.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import Case, Provider, Step, attention_work, composed, tolerance
-from bench.peers import flex
+from bench.peers import flashinfer_decode, flex, missing
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.cpp import extension
 from fastprompt.ops.dispatch import backend
@@ -51,6 +54,7 @@ def build(
 
         return Provider(lambda: step, step, why_not, work)
 
+    @cache  # compiled once, for the check and the clock
     def flexed() -> Step:
         compiled = flex()
 
@@ -62,6 +66,9 @@ def build(
 
     providers = {name: provider(form) for name, form in forms.items()}
     providers["flex"] = Provider(flexed, lambda: flexed()(), work=work)
+    for name, tensor_cores in (("flashinfer", False), ("flashinfer/tensor_cores", True)):
+        form = lambda on=tensor_cores: flashinfer_decode(query, key, value, on)  # noqa: E731
+        providers[name] = provider(form, missing("flashinfer", device))
     providers |= composed(device, providers)
     bank, no_kernel = none.unsqueeze(0), extension.missing() if device == "cpu" else "the C++ kernels run on the CPU"
     providers["kernel"] = provider(

@@ -9,6 +9,7 @@ the attention itself, copied to every sample.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def build(
     work = Work((14 if train else 4) * rows * prompts * width, (8 if train else 3) * size * kind.itemsize)
 
     def provider(make: Callable[[], Step]) -> Provider:
-        return Provider(make, lambda: make()(), work=work)
+        made = cache(make)  # compiled once, for the check and the clock
+        return Provider(made, lambda: made()(), work=work)
 
     providers = {
         "eager": provider(lambda: step(_released)),

@@ -9,6 +9,7 @@ prefix length; so that all compute the same, the others are given shifted positi
 
 from __future__ import annotations
 
+import copy
 from unittest.mock import patch
 
 import torch
@@ -34,16 +35,16 @@ def build(
         intermediate_size=width * 8 // 3, vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, use_cache=False,
     )  # fmt: skip
-    weights = LlamaForCausalLM(config).state_dict()
+    with torch.device(device):  # a processor takes seconds to draw them
+        base = LlamaForCausalLM(config)
     ids = torch.randint(vocab, (batch, tokens), device=device)
     batched = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     shifted = {"position_ids": torch.arange(prompts, prompts + tokens, device=device).expand(batch, -1)}
     initial = [torch.randn(2, 3, prompts, head_dim) for _ in range(layers)]  # keys and values of every layer
 
     def fresh(kind: torch.dtype) -> LlamaForCausalLM:
-        model = LlamaForCausalLM(config)
-        model.load_state_dict(weights)
-        model = model.to(device, kind).requires_grad_(False).train()  # recomputing is for training mode; no dropout
+        model = copy.deepcopy(base).to(kind).requires_grad_(False)
+        model.train()  # recomputing is for training mode; no dropout
         if checkpointing:
             # Its name since transformers 5.23 and before.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

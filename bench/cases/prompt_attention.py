@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """`prompt_attention` on ViT-B/16 shapes, forward or forward and backward, against what else computes the same.
 
-Providers: `concat` copies the shared prompt to every sample while joining keys, `expand` holds a copy for every sample
-before that, as code does that inserts prompts as tokens; each on the backend PyTorch chooses and on every backend by
-name. `flex` is compiled flex_attention over the keys of `concat`, `flex/packed` over one long sequence in which a block
-mask lets every sample see the prompt and itself, `xformers` its memory-efficient attention, `compiled` the reference
-under torch.compile. `same_keys` finds its keys
-joined, so it is what a kernel can hope for, `floor` has no prompts.
+Providers: `concat` copies the shared prompt to every sample while joining keys, `expand` holds a copy for every
+sample before that, as code does that inserts prompts as tokens; each on the backend PyTorch chooses and on every
+backend by name. `flex` is compiled flex_attention over the keys of `concat`, `flex/packed` over one long sequence in
+which a block mask lets every sample see the prompt and itself, `xformers` its memory-efficient attention,
+`flashinfer` a cascade of its kernels, `compiled` the reference under torch.compile. `same_keys` finds its keys
+joined, so it is what a kernel can hope for, by PyTorch's choice or by cuDNN (`same_keys/cudnn`); `floor` has no
+prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import Case, Provider, Step, Work, attention_work, composed, tolerance
-from bench.peers import backends, flex, missing, no_flex, on_backend, xformers
+from bench.peers import backends, flashinfer_cascade, flex, missing, no_flex, on_backend, xformers
 from fastprompt.ops import prompt_attention
 from fastprompt.ops.dispatch import IMPLS
 
@@ -57,12 +59,12 @@ def build(
         return attention_work(queries, keys, queries * (own + shared), dim, kind.itemsize, train)
 
     def provider(function: Callable[..., Tensor] | None, why_not: str | None = None, make=None) -> Provider:
-        made = make or (lambda: step(function))
+        made = cache(make or (lambda: step(function)))  # compiled once, for the check and the clock
         return Provider(made, lambda: made()(), why_not, work(tokens, prompts))
 
-    def same_keys() -> list[Tensor]:
+    def same_keys(attend: Callable[..., Tensor] = sdpa) -> list[Tensor]:
         """Its results, the gradient of joined keys taken apart."""
-        out, *grads = step(sdpa, joined)()
+        out, *grads = step(attend, joined)()
         if not train:
             return [out]
         instance, shared = [g[:, :, prompts:] for g in grads[1:]], [g[:, :, :prompts].sum(0, True) for g in grads[1:]]
@@ -72,6 +74,10 @@ def build(
         "floor": Provider(lambda: step(sdpa, inputs[:3]), work=work(tokens, 0)),
         "same_keys": Provider(lambda: step(sdpa, joined), same_keys, work=work(tokens + prompts, 0)),
     }
+    cudnn = on_backend("cudnn", sdpa)
+    providers["same_keys/cudnn"] = Provider(
+        lambda: step(cudnn, joined), lambda: same_keys(cudnn), backends(device)["cudnn"], work(tokens + prompts, 0)
+    )
     for form, join in (("concat", _concat), ("expand", _expand)):
         providers[form] = provider(lambda *x, join=join: sdpa(*join(*x)))
         for name, absent in backends(device).items():
@@ -80,6 +86,9 @@ def build(
     providers["flex"] = provider(None, no, lambda: step(_flex()))
     providers["flex/packed"] = provider(None, no, lambda: step(_flex_packed(batch, tokens, prompts, device)))
     providers["xformers"] = provider(lambda *x: xformers(*_concat(*x)), missing("xformers", device))
+    providers["flashinfer"] = provider(
+        None, missing("flashinfer", device, train), lambda: step(_cascade(batch, heads, tokens, dim, kind, device))
+    )
     providers["compiled"] = provider(None, None, lambda: step(torch.compile(_reference, dynamic=False)))
     providers["fastprompt"] = provider(prompt_attention)
     providers |= composed(device, providers)
@@ -113,6 +122,17 @@ def _reference(*inputs: Tensor) -> Tensor:
 def _flex() -> Callable[..., Tensor]:
     compiled = flex()
     return lambda *inputs: compiled(*_concat(*inputs))
+
+
+def _cascade(batch: int, heads: int, tokens: int, dim: int, kind: torch.dtype, device: str) -> Callable[..., Tensor]:
+    ends = tokens * torch.arange(batch + 1, dtype=torch.int32, device=device)
+    attend = flashinfer_cascade(ends, heads, dim, kind, causal=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+        out = attend(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), pk[0], pv[0])
+        return out.unflatten(0, (batch, tokens)).transpose(1, 2)
+
+    return run
 
 
 def _flex_packed(batch: int, tokens: int, prompts: int, device: str) -> Callable[..., Tensor]:

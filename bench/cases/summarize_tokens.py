@@ -9,6 +9,7 @@ the selectors alone get a gradient: tokens are those of a frozen model (``grad_x
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def build(
     work = Work(2 * products * rows * tokens * width, moved * kind.itemsize)
 
     def provider(make: Callable[[], Step]) -> Provider:
-        return Provider(make, lambda: make()(), work=work)
+        made = cache(make)  # compiled once, for the check and the clock
+        return Provider(made, lambda: made()(), work=work)
 
     providers = {
         "eager": provider(lambda: step(_eager)),

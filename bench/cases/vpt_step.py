@@ -10,6 +10,7 @@ flowing down to the embedding output. All train the same linear head.
 
 from __future__ import annotations
 
+import copy
 from unittest.mock import patch
 
 import torch
@@ -43,22 +44,21 @@ class Frozen:
     def __init__(self, device: str, model: str, batch: int, layers: int):
         torch.manual_seed(0)
         self.device = device
-        self._kind, config, self.width, heads, of_model, patch_size = MODELS[model]
+        kind, config, self.width, heads, of_model, patch_size = MODELS[model]
         self.batch, self.layers = batch or BATCH[device], layers or of_model
-        self._config = config(
+        chosen = config(
             hidden_size=self.width, num_attention_heads=heads, num_hidden_layers=self.layers, num_labels=3,
             image_size=224,
             intermediate_size=4 * self.width, patch_size=patch_size,
         )  # fmt: skip
-        self._weights = self._kind(self._config).state_dict()
+        with torch.device(device):  # a processor takes seconds to draw them
+            self._model = kind(chosen).eval()
         self._pixels = torch.randn(self.batch, 3, 224, 224, device=device)
         self._labels = torch.randint(3, (self.batch,), device=device)
 
     def fresh(self) -> nn.Module:
         """The model."""
-        model = self._kind(self._config)
-        model.load_state_dict(self._weights)
-        return model.to(self.device).eval()
+        return copy.deepcopy(self._model)
 
     def step(self, model: nn.Module, trained: list[nn.Parameter], autocast: bool = True) -> Step:
         """Forward and backward: logits, then the gradients of ``trained``."""
