@@ -101,15 +101,15 @@ def _released(model: Dinov2Model, lanes: list, images: Tensor, recipe: fastpromp
         weights = (torch.einsum("tbsc,bnc->tbsn", normed[:, :, 1:], x) * x.shape[-1] ** -0.5).softmax(-1)
         drawn = torch.einsum("tbsn,bnc->tbsc", weights, x.to(weights.dtype))
         read = torch.cat([normed[:, :, :1], drawn.to(normed.dtype)], dim=2).flatten(0, 1)
-        attention = layer.attention
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        # Their names changed with transformers 5.18 or later, their order did not.
+        *projections, project_out = (m for m in layer.attention.modules() if isinstance(m, torch.nn.Linear))
         q, k, v = (p(read).unflatten(-1, (heads, -1)).transpose(1, 2) for p in projections)
         if i in layers:
             at = layers.index(i)
             pairs = ((torch.stack([getattr(lane, name)[at] for lane in lanes]), t) for name, t in
                      (("keys", k), ("values", v)))  # fmt: skip
             k, v = (torch.cat([p.repeat_interleave(batch, dim=0).to(t.dtype), t], dim=2) for p, t in pairs)
-        out = attention.o_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out = project_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         out = torch.cat([out.unflatten(0, (tasks, batch))[:, :, :1], normed[:, :, 1:].to(out.dtype)], dim=2)
         rows = rows + layer.layer_scale1(out)
         rows = rows + layer.layer_scale2(layer.mlp(layer.norm2(rows)))

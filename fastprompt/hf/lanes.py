@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fastprompt.errors import AttachError, UnsupportedModelError
 from fastprompt.hf.attention import CHILD, NAME, register
 from fastprompt.hf.holds import Freeze, OwnConfigs
+from fastprompt.hf.outputs import find_outputs
 from fastprompt.hf.sites import Site, Tower, choose_tower, find_sites, sample_input
 from fastprompt.nn.lanes import Lane, LaneAttention, LanePass, StreamEnds
 
@@ -51,19 +52,21 @@ class LaneTower:
             self.sites: list[Site] = find_sites(self.tower)
             self._behind = _check_tower(self.tower, self.sites)
             freeze.apply()
+            outputs = {x.attention: x.output for x in find_outputs(self.tower) if x.output is not None}
             for site in self.sites:
-                self._install(site, LaneAttention(last=site is self.sites[-1]).eval())
+                self._install(site, outputs[site.attention], LaneAttention(last=site is self.sites[-1]).eval())
         except BaseException:
             self.release()
             raise
 
-    def _install(self, site: Site, child: LaneAttention) -> None:
+    def _install(self, site: Site, output: nn.Module, child: LaneAttention) -> None:
         site.attention.add_module(CHILD, child)
         self._children.append(child)
         self._hooks += [
             site.layer.register_forward_pre_hook(child.begin, with_kwargs=True),
             site.attention.register_forward_pre_hook(child.enter, with_kwargs=True),
-            site.attention.register_forward_hook(child.leave),
+            # Some attention modules end in front of their output projection.
+            output.register_forward_hook(child.leave),
         ]
 
     @property

@@ -161,13 +161,9 @@ class LaneAttention(nn.Module):
             if self.last:
                 raise StreamEnds
 
-    def leave(self, attention: nn.Module, args: tuple, output: Any) -> Any:
-        """A hook behind the attention module."""
-        if self.lanes is None:
-            return output
-        if isinstance(output, tuple):
-            return (self.lanes.leave(output[0]), *output[1:])
-        return self.lanes.leave(output)
+    def leave(self, projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """A hook behind the attention's output projection."""
+        return output if self.lanes is None else self.lanes.leave(output)
 
     def read(self) -> Tensor:
         """What the attention read in the frozen stream ``[B,N,C]``."""
