@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny versions of the benchmark cases, and whether their providers agree."""
 
+from importlib.util import find_spec
+
+import pytest
+
 from bench.case import difference
 from bench.measure import FAILED, WRONG, attempt
+
+#: Marks of tests of a case that needs an extra which a GPU machine without network may lack.
+NEEDS = {"ipadapter": pytest.mark.skipif(not find_spec("diffusers"), reason="diffusers is not installed")}
 
 TINY = {
     "apt_step": {"layers": 2, "batch": 2, "prompts": 3},

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from bench_cases import TINY, agreed
+from bench_cases import NEEDS, TINY, agreed
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,7 +99,7 @@ CLASSES = ("published", "trimmed", "shared", "fastprompt")
         ("apt_step", {"fastprompt", COMPOSED}),
         ("cocoop_step", {"published", "trimmed", "fastprompt", COMPOSED}),
         ("coop_text", {f"{n}{c}" for n in CLASSES for c in ("", "/compiled")} | {COMPOSED}),
-        ("ipadapter", {"diffusers", "fastprompt/every-step", "fastprompt"}),
+        pytest.param("ipadapter", {"diffusers", "fastprompt/every-step", "fastprompt"}, marks=NEEDS["ipadapter"]),
         ("maple_step", {"published", "trimmed", "fastprompt", COMPOSED}),
         ("multilane", {"released", "loop", "fastprompt", "fastprompt/batch"}),
         ("prefix_step", {"peft", "kv_concat", "fastprompt", COMPOSED}),
@@ -114,6 +114,7 @@ def test_apt_step_on_a_larger_model():
     assert agreed(build("apt_step", "cpu", TINY["apt_step"] | {"layers": 1, "batch": 1, "model": "ViT-B"}))[1] == {}
 
 
+@NEEDS["ipadapter"]
 def test_ipadapter_counts_what_is_saved():
     """Without its projections at 19 of 20 steps, for 16 layers whose widths add up to 12,480."""
     work = {n: p.work.flops for n, p in build("ipadapter", "meta", {"dtype": "float32"}).providers.items()}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from bench_cases import TINY
+from bench_cases import NEEDS, TINY
 
 from bench import gpu_report, report, rows, run, suite
 from bench.case import CannotRun, Case, Provider
@@ -200,7 +200,7 @@ def test_the_readme_shows_the_newest_rows_of_every_gpu(tmp_path, monkeypatch):
     assert "| 1.5e+03 ms (`concat/flash`) | 1e+03 ms | 0.67x | 20 % (product) | 1,024 against 1,024 MiB |" in line
 
 
-@pytest.mark.parametrize("shown", gpu_report.SHOWN, ids=lambda shown: shown.case)
+@pytest.mark.parametrize("shown", [pytest.param(x, marks=NEEDS.get(x.case, ()), id=x.case) for x in gpu_report.SHOWN])
 def test_what_is_shown_are_parameters_and_providers_of_the_case(shown):
     case = run.build(shown.case, "cpu", TINY[shown.case])
     assert shown.title.format(**case.params) and set(shown.params) <= set(case.params)
