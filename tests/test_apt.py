@@ -19,7 +19,7 @@ BERT = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "num_a
 #: Family -> tower, class of the attention module, and the name of its output projection.
 PLACES = {
     "ViT": (None, "ViTAttention", "o_proj"),
-    "Dinov2": (None, "Dinov2Attention", "o_proj"),
+    "Dinov2": (None, "Dinov2Attention", "o_proj|output.dense"),  # newer transformers, and 5.17
     "CLIP": ("vision", "CLIPAttention", "out_proj"),
     "CLIP text": ("text", "CLIPAttention", "out_proj"),
     "BERT": (None, "BertAttention", "output.dense"),
@@ -63,7 +63,8 @@ def release(model, name, layers):
             return log_scale.exp() * (y + active.detach().max(-1, keepdim=True).values * (active @ prompts))
 
         attention.register_forward_pre_hook(enter, with_kwargs=True)
-        attention.get_submodule(projection).register_forward_hook(leave)
+        behind = next(m for n, m in attention.named_modules() if n in projection.split("|"))
+        behind.register_forward_hook(leave)
     return [p for layer in layers for p in layer]
 
 

@@ -101,7 +101,7 @@ def _released(model: Dinov2Model, lanes: list, images: Tensor, recipe: fastpromp
         weights = (torch.einsum("tbsc,bnc->tbsn", normed[:, :, 1:], x) * x.shape[-1] ** -0.5).softmax(-1)
         drawn = torch.einsum("tbsn,bnc->tbsc", weights, x.to(weights.dtype))
         read = torch.cat([normed[:, :, :1], drawn.to(normed.dtype)], dim=2).flatten(0, 1)
-        # Their names changed with transformers 5.18 or later, their order did not.
+        # Their names differ between versions of transformers, their order does not.
         *projections, project_out = (m for m in layer.attention.modules() if isinstance(m, torch.nn.Linear))
         q, k, v = (p(read).unflatten(-1, (heads, -1)).transpose(1, 2) for p in projections)
         if i in layers:

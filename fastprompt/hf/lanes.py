@@ -52,7 +52,7 @@ class LaneTower:
             self.sites: list[Site] = find_sites(self.tower)
             self._behind = _check_tower(self.tower, self.sites)
             freeze.apply()
-            outputs = {site.attention: site.output for site in find_outputs(self.tower)}
+            outputs = {x.attention: x.output for x in find_outputs(self.tower) if x.output is not None}
             for site in self.sites:
                 self._install(site, outputs[site.attention], LaneAttention(last=site is self.sites[-1]).eval())
         except BaseException:

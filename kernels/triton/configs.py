@@ -80,22 +80,23 @@ def parse(name: str) -> tuple[str, int, int]:
     return kernel, int(bits.removesuffix("bit")) // 8, int(size.removeprefix("d"))
 
 
-def choose(kernel: str, x: Tensor, size: int, rows: int, keys: int, masked: bool = False) -> Config:
+def choose(kernel: str, x: Tensor, size: int, rows: int, keys: int, crowded: bool = False) -> Config:
     """The configuration of a kernel for the dtype and device of ``x``, its tile no larger than the (padded) problem.
 
-    A mask takes registers for a tile of addresses and values; a smaller tile makes room for them.
+    A mask takes registers for a tile of addresses and values; a smaller tile makes room for them. Where gradients of
+    keys fill the registers, a shorter pipeline does; a prompt's loop over the query heads of a key head needs it too.
     """
     name = slot(kernel, x.element_size(), size)
     _asked[name] = None
     if INTERPRET:
         return fit(PINNED, rows, keys)
     config = table(architecture(_planning_for or x.device))[name].config
-    if masked:
+    if crowded and kernel != "prompt":
         config = config._replace(rows=max(16, config.rows // 2))
         if kernel == "forward":
             config = config._replace(keys=max(16, config.keys // 2))
-        elif kernel == "key_value" and size > 64:
-            config = config._replace(stages=1)
+    if crowded and kernel in ("key_value", "prompt"):
+        config = config._replace(stages=1)
     return fit(config, rows, keys)
 
 

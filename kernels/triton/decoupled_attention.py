@@ -44,8 +44,8 @@ class Problem:
     def config(self, kernel: str, keys: int) -> Config:
         """The configuration of one kernel, whose tile of keys is for branches of up to ``keys``."""
         _, _, rows, dim = self.query.shape
-        masked = any(x.mask is not None for x in self.branches)
-        return configs.choose(kernel, self.query, dim, rows, keys, masked)
+        crowded = any(x.mask is not None for x in self.branches)
+        return configs.choose(kernel, self.query, dim, rows, keys, crowded)
 
     def all_branches(self, kernel: str) -> tuple[dict, dict, Config]:
         """What both kernels that loop over branches take."""

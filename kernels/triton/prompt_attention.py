@@ -71,8 +71,8 @@ class Problem:
 
     def config(self, kernel: str, rows: int, keys: int) -> Config:
         """The configuration of one kernel."""
-        masked = self.mask is not None and kernel != "prompt"
-        return configs.choose(kernel, self.query, self.query.shape[3], rows, keys, masked)
+        crowded = self.groups > 1 if kernel == "prompt" else self.mask is not None
+        return configs.choose(kernel, self.query, self.query.shape[3], rows, keys, crowded)
 
     def inputs(self) -> dict[str, object]:
         """What both kernels that loop over keys read."""
