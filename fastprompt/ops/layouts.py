@@ -14,6 +14,17 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def plain_strides(x: Tensor) -> Tensor:
+    """``x``, copied only if its last dimension is not dense or one is expanded: what every CUDA library takes."""
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+
+
+def like(x: Tensor, y: Tensor) -> Tensor:
+    """``y``, copied only if it does not lie in memory as ``torch.empty_like(x)``, which has its shape, would."""
+    strides = zip(y.shape, y.stride(), torch.empty_like(x, device="meta").stride(), strict=True)
+    return y if all(n == 1 or found == want for n, found, want in strides) else torch.empty_like(x).copy_(y)
+
+
 def empty_grads(tensors: Sequence[Tensor], needs: Sequence[bool], impl: str) -> list[Tensor]:
     """Gradients of the five tensors of prompt attention in the layouts that launchers give them.
 
