@@ -5,8 +5,8 @@ Providers: `concat` copies the shared prompt to every sample while joining keys,
 before that, as code does that inserts prompts as tokens; each on the backend PyTorch chooses and on every backend by
 name. `flex` is compiled flex_attention over the keys of `concat`, `flex/packed` over one long sequence in which a block
 mask lets every sample see the prompt and itself, `xformers` its memory-efficient attention, `compiled` the reference
-under torch.compile. `same_keys` finds its keys
-joined, so it is what a kernel can hope for, `floor` has no prompts.
+under torch.compile. `same_keys` finds its keys joined, so it is what a kernel can hope for, `floor` has no prompts.
+`fastprompt/library-NAME` leaves the instance keys to one of PyTorch's backends and merges the prompt into its results.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import Case, Provider, Step, Work, attention_work, composed, tolerance
-from bench.peers import backends, flex, missing, no_flex, on_backend, xformers
+from bench.peers import backends, by_library, flex, missing, no_flex, on_backend, xformers
 from fastprompt.ops import prompt_attention
+from fastprompt.ops.cuda.libraries import LIBRARIES
 from fastprompt.ops.dispatch import IMPLS
 
 MODES = ("forward", "forward+backward")
@@ -85,6 +86,9 @@ def build(
     providers |= composed(device, providers)
     for impl in IMPLS[1:]:
         providers[f"fastprompt/{impl}"] = provider(lambda *x, impl=impl: prompt_attention(*x, impl=impl))
+    elsewhere = "composed of CUDA kernels" if device == "cpu" else None
+    for name in LIBRARIES:
+        providers[f"fastprompt/library-{name}"] = provider(by_library(name), elsewhere)
 
     def reference() -> list[Tensor]:
         exact = [x.detach().double().requires_grad_(train) for x in inputs]
