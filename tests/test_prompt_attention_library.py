@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastprompt
+from bench.peers import by_library
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.kernels.launch import Launch
 from fastprompt.ops import dispatch, prompt_attention
@@ -205,6 +206,18 @@ def test_a_cudnn_that_is_wrong_is_refused(monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
         reasons = LIBRARIES["cudnn"].reasons_against(Cuda, Cuda, None, False, 0.125)
         assert any("is older than" in reason for reason in reasons) == refused and len(reasons) == refused
+
+
+@each_library
+def test_a_benchmark_times_the_library_it_names_or_none(name, called, monkeypatch):
+    monkeypatch.setattr(dispatch, "IMPLS", ("auto", "reference", "triton", "cpp"))
+    inputs = to_device(make(torch.bfloat16, tq=5, tk=5, prompts=0, **heads(name)), TRITON_DEVICE)
+    by_library(name)(*inputs)
+    assert called in ([name], [])
+    with pytest.raises(ImplUnavailableError, match=r"dtype torch\.float64"):
+        by_library(name)(*(x.double() for x in inputs))
+    with pytest.raises(ValueError, match="impl: got"):
+        prompt_attention(*inputs, impl=name)
 
 
 @pytest.fixture
