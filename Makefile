@@ -41,7 +41,8 @@ installed:
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
 
 # The full Triton matrix, and every other test that runs kernels on the device where there is one.
-ON_DEVICE := $(addprefix tests/test_,$(addsuffix .py,warmup triton_device diffuse_prompts key_scores compress_kv summarize_tokens))
+ON_DEVICE := $(addprefix tests/test_,$(addsuffix .py,warmup triton_device prompt_attention_library diffuse_prompts \
+key_scores compress_kv summarize_tokens))
 gpu-test: installed
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 	$(PYTHON) -m pytest -m "not gpu" $(ON_DEVICE) tests/test_*_triton.py $(PYTEST_ARGS)

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as others compute it: PyTorch's backends by name, flex_attention, xformers, flash-attn, FlashInfer."""
+"""Attention as others compute it: PyTorch's backends by name, flex_attention, xformers, flash-attn, FlashInfer.
+
+And ours with the instance keys left to one of PyTorch's backends.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.case import CannotRun
+from fastprompt.ops import dispatch, prompt_attention
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -37,6 +42,16 @@ def on_backend(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if not any(text in str(error) for text in ("No available kernel", "No viable backend", "cuDNN Frontend")):
                 raise
             raise CannotRun(f"the {name} backend takes no tensors like these here") from error
+
+    return run
+
+
+def by_library(name: str) -> Callable[..., Any]:
+    """`prompt_attention` with the instance keys left to one of PyTorch's kernels, which users reach by "auto" alone."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with patch.object(dispatch, "IMPLS", (*dispatch.IMPLS, name)):
+            return prompt_attention(*args, impl=name, **kwargs)
 
     return run
 

@@ -34,6 +34,7 @@ from fastprompt.kernels import (
     decoupled_attention,
     diffuse_prompts,
     key_scores,
+    prompt_part,
     summarize_tokens,
 )
 from fastprompt.kernels.launch import Launch
@@ -88,6 +89,7 @@ class Variant(NamedTuple):
     bank: int = 1
     prompts: torch.dtype | None = None
     packed: bool = False
+    library: bool = False
     cache: bool = False
     branches: bool = False
     diffuse: str | None = None
@@ -99,6 +101,8 @@ VARIANTS = {
     "masked": Variant(is_causal=True, mask=torch.uint8),
     "packed": Variant(is_causal=True, packed=True),
     "bank": Variant(mask=torch.float32, groups=4, bank=8, prompts=torch.float32),
+    "library": Variant(library=True),
+    "library bank": Variant(groups=4, bank=8, prompts=torch.float32, library=True),
     "cache": Variant(is_causal=True, groups=4, cache=True),
     "cache masked": Variant(mask=torch.bool, groups=4, cache=True),
     "branches": Variant(branches=True),
@@ -137,6 +141,10 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
     )  # fmt: skip
     lse = torch.empty(query.shape[:3], device="meta")
     grads = allocate(problem, [True] * 5)
+    if v.library:
+        plan = prompt_part.plan_backward(problem, out, lse, grad_out, (grads[0], grads[3], grads[4]))
+        plan.insert(0, prompt_part.plan_forward(problem, out, lse, grad_out, lse))
+        return plan[:2]  # the others are those of the kernels over all keys
     plan = [plan_forward(problem, out, lse), *plan_backward(problem, out, lse, grad_out, lse, grads)]
     return list({launch.kernel.__name__: launch for launch in plan}.values())
 
@@ -342,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["plain", "cache", "branches", "diffuse", "summaries"],
+        default=["plain", "library", "cache", "branches", "diffuse", "summaries"],
         choices=VARIANTS,
         help="[%(default)s]",
     )

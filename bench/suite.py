@@ -134,6 +134,7 @@ def rest(device: str) -> Iterator[Runs]:
 #: The tests that run Triton kernels where there is a GPU.
 TESTS = (
     "test_triton_device", "test_prompt_attention_triton", "test_prompt_attention_varlen_triton",
+    "test_prompt_attention_library",
     "test_decoupled_attention_triton", "test_diffuse_prompts", "test_key_scores", "test_compress_kv",
     "test_summarize_tokens", "test_warmup",
 )  # fmt: skip

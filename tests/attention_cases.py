@@ -6,6 +6,7 @@ import torch
 from oracles import NAMES, Attention, assert_close, tolerance
 
 from fastprompt.ops import prompt_attention
+from fastprompt.ops.cuda.libraries import LIBRARIES
 
 #: "cpu" is the composition of PyTorch's CPU kernels, see conftest.py; C++ and Triton have files of their own.
 IMPLS = ("cpu", "reference")
@@ -48,7 +49,7 @@ def leaves(inputs, needs=ALL):
 
 def run(inputs, grad_out, grad_lse=None, needs=ALL, **kwargs):
     """`prompt_attention` and the gradients asked for (None elsewhere)."""
-    device = TRITON_DEVICE if kwargs.get("impl") == "triton" else "cpu"
+    device = TRITON_DEVICE if kwargs.get("impl") in ("triton", *LIBRARIES) else "cpu"
     inputs, grad_out, grad_lse, kwargs = to_device((leaves(inputs, needs), grad_out, grad_lse, kwargs), device)
     out, lse = prompt_attention(*inputs, return_lse=True, **kwargs)
     pairs = [(x, g) for x, g in ((out, grad_out), (lse, grad_lse)) if g is not None]

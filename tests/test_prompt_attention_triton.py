@@ -177,6 +177,15 @@ def test_custom_op_contract():
     torch.library.opcheck(torch.ops.fastprompt.prompt_attention.default, (*arguments, "triton"))
 
 
+def test_gradients_lie_in_memory_as_compiled_code_was_told():
+    """Prompts, too, whose gradients are summed in a layout of their own."""
+    inputs = to_device([LAYOUTS["bthd"](x) for x in make(torch.float32, tq=3, tk=3, bank=1)], TRITON_DEVICE)
+    out, lse = torch.ops.fastprompt.prompt_attention(*inputs, None, None, True, 0.25, "triton")
+    arguments = (torch.randn_like(out), None, *inputs, None, None, out, lse, True, 0.25, [True] * 5, "triton")
+    operation = torch.ops.fastprompt.prompt_attention_backward.default
+    torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_compiles_without_graph_breaks():
     inputs = to_device(leaves(make(torch.float32, tq=3, tk=3)), TRITON_DEVICE)
     compiled = torch.compile(lambda *x: prompt_attention(*x, impl="triton"), fullgraph=True, backend="aot_eager")

@@ -88,6 +88,16 @@ def test_custom_op_contract():
     torch.library.opcheck(torch.ops.fastprompt.prompt_attention_varlen.default, arguments)
 
 
+def test_gradients_lie_in_memory_as_compiled_code_was_told():
+    """Prompts, too, whose gradients are summed in a layout of their own."""
+    inputs = to_device([LAYOUTS["bthd"](x) for x in make(torch.float32, (2, 3), bank=1)], TRITON_DEVICE)
+    cu_seqlens = ends((2, 3)).to(TRITON_DEVICE)
+    out, lse = torch.ops.fastprompt.prompt_attention_varlen(*inputs, cu_seqlens, None, 3, True, 0.25, "triton")
+    arguments = (torch.randn_like(out), None, *inputs, cu_seqlens, None, out, lse, 3, True, 0.25, [True] * 5, "triton")
+    operation = torch.ops.fastprompt.prompt_attention_varlen_backward.default
+    torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_compiles_without_graph_breaks():
     inputs = to_device(leaves(make(torch.float32, (2, 3))), TRITON_DEVICE)
     cu_seqlens = ends((2, 3)).to(TRITON_DEVICE)

@@ -4,12 +4,14 @@
 Providers: `eager` (the whole attention matrix, its softmax in float32 as transformers' eager attention has it, summed
 over rows), `chunked` (the same for 256 rows at a time, plain PyTorch), and fastprompt, which is given the log-sum-exp
 that a forward pass leaves. For scale, that forward pass itself, which computes something else: `flash` is PyTorch's,
-`forward` the same kernels'.
+`forward` the same kernels', `forward/NAME` one of PyTorch's backends that leaves its log-sum-exp (checked by the scores
+that follow from it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import Case, Provider, Step, Work, composed
 from bench.measure import too_large
+from bench.peers import by_library
 from fastprompt.ops import key_scores, prompt_attention
+from fastprompt.ops.cuda.libraries import LIBRARIES
 from fastprompt.ops.dispatch import IMPLS
 
 CHUNK = 256
@@ -52,8 +56,8 @@ def build(
         return [total.unflatten(1, (heads_kv, -1)).mean(2)]
 
     @torch.no_grad()
-    def forward() -> list[Tensor]:
-        return [prompt_attention(query, key, value, none, none, is_causal=True)]
+    def forward(attend: Callable = prompt_attention) -> list[Tensor]:
+        return list(attend(query, key, value, none, none, is_causal=True, return_lse=True))
 
     def flash() -> list[Tensor]:
         return [sdpa(query, key, value, is_causal=True, enable_gqa=True)]
@@ -83,6 +87,12 @@ def build(
         providers["fastprompt" if impl == "auto" else f"fastprompt/{impl}"] = provider(fastprompt(impl), why_not)
     providers["flash"] = Provider(lambda: flash)
     providers["forward"] = Provider(lambda: forward)
+    elsewhere = "composed of CUDA kernels" if device == "cpu" else None
+    for name in LIBRARIES:
+        library = partial(forward, by_library(name))
+        providers[f"forward/{name}"] = Provider(
+            lambda library=library: library, lambda library=library: [key_scores(query, key, library()[1])], elsewhere
+        )
     providers |= composed(device, providers)
     params = {"tokens": tokens, "batch": batch, "heads": heads, "heads_kv": heads_kv, "dim": dim, "dtype": dtype}
     bound = max(torch.finfo(kind).eps, 1e-4)

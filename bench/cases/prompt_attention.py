@@ -8,6 +8,7 @@ which a block mask lets every sample see the prompt and itself, `xformers` its m
 `flashinfer` a cascade of its kernels, `compiled` the reference under torch.compile. `same_keys` finds its keys
 joined, so it is what a kernel can hope for, by PyTorch's choice or by cuDNN (`same_keys/cudnn`); `floor` has no
 prompts.
+`fastprompt/library-NAME` leaves the instance keys to one of PyTorch's backends and merges the prompt into its results.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.case import Case, Provider, Step, Work, attention_work, composed, tolerance
-from bench.peers import backends, flashinfer_cascade, flex, missing, no_flex, on_backend, xformers
+from bench.peers import backends, by_library, flashinfer_cascade, flex, missing, no_flex, on_backend, xformers
 from fastprompt.ops import prompt_attention
+from fastprompt.ops.cuda.libraries import LIBRARIES
 from fastprompt.ops.dispatch import IMPLS
 
 MODES = ("forward", "forward+backward")
@@ -94,6 +96,9 @@ def build(
     providers |= composed(device, providers)
     for impl in IMPLS[1:]:
         providers[f"fastprompt/{impl}"] = provider(lambda *x, impl=impl: prompt_attention(*x, impl=impl))
+    elsewhere = "composed of CUDA kernels" if device == "cpu" else None
+    for name in LIBRARIES:
+        providers[f"fastprompt/library-{name}"] = provider(by_library(name), elsewhere)
 
     def reference() -> list[Tensor]:
         exact = [x.detach().double().requires_grad_(train) for x in inputs]

@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,17 @@ from torch.autograd import forward_ad
 from fastprompt import config
 from fastprompt.errors import ImplUnavailableError
 from fastprompt.ops.cpp import wins
+from fastprompt.ops.cuda.libraries import LIBRARIES
+from fastprompt.ops.cuda.wins import Win
 
 IMPLS = ("auto", "reference", "triton", "cpp")
 
-#: Where the launchers of the fast implementations live; one module an operation, with ``forward`` and ``backward``.
-BACKENDS = {"triton": "fastprompt.kernels", "cpp": "fastprompt.ops.cpp", "cpu": "fastprompt.ops.cpu"}
+#: Where the launchers of the fast implementations live; one module an operation, with ``forward`` and ``backward``, or
+#: with an object that has them for every library that it can be composed of.
+BACKENDS = {
+    "triton": "fastprompt.kernels", "cpp": "fastprompt.ops.cpp", "cpu": "fastprompt.ops.cpu",
+    **dict.fromkeys(LIBRARIES, "fastprompt.ops.cuda"),
+}  # fmt: skip
 
 #: The operations that have a Triton kernel, and the head sizes those take.
 TRITON_OPS = (
@@ -79,7 +85,7 @@ def reasons_against(op: str, impl: str, tensors: Sequence[Tensor], by_name: bool
     device = tensors[0].device.type
     if impl == "cpu":
         found = [] if device == "cpu" else [f"composed of PyTorch's CPU kernels; the tensors are on {device}"]
-    elif impl == "triton" and op in TRITON_OPS:
+    elif (impl == "triton" and op in TRITON_OPS) or (impl in LIBRARIES and op == "prompt_attention"):
         found = _reasons_against_triton(tensors[0], device, by_name) + _reasons_of_size(op, tensors)
     elif impl == "cpp" and op in CPP_OPS:
         found = (
@@ -149,11 +155,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: bool = False) -> Choice:
+def choose(
+    op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: bool = False, win: Win | None = None
+) -> Choice:
     """Resolve `impl` for `op`; an explicit impl never falls back.
 
     ``composed`` says that `op` has a composition of PyTorch's own CPU kernels (impl name ``"cpu"``, reached by
-    ``"auto"`` only).
+    ``"auto"`` only); ``win``, that a composition with a library on CUDA was measured to be faster (its impl name is the
+    library's, reached likewise).
 
     Raises:
         ImplUnavailableError: an explicit impl cannot run; the message lists every reason.
@@ -170,6 +179,8 @@ def choose(op: str, tensors: Sequence[Tensor], impl: str = "auto", composed: boo
                 'Use impl="auto" to let fastprompt choose, or impl="reference".'
             )
         return Choice(op, impl, "asked for by name")
+    if win is not None and not reasons_against(op, win.library, tensors, by_name=False):
+        return Choice(op, win.library, win.why)
     refused: dict[str, list[str]] = {}
     for name in ("triton", "cpp", "cpu") if composed else ("triton", "cpp"):
         reasons = reasons_against(op, name, tensors, by_name=False)
@@ -193,12 +204,12 @@ def calls_cpp(op: str, *tensors: Tensor) -> bool:
 
 
 @lru_cache
-def backend(op: str, impl: str) -> ModuleType:
-    """The launcher module of a fast implementation, imported when it first runs."""
+def backend(op: str, impl: str) -> Any:
+    """The launchers of a fast implementation, imported when it first runs."""
     module = import_module(f"{BACKENDS[impl]}.{op}")
-    if impl == "triton" and tuned_file().exists():
-        import_module(f"{BACKENDS[impl]}.configs").load(tuned_file())
-    return module
+    if impl not in ("cpp", "cpu") and tuned_file().exists():
+        import_module(f"{BACKENDS['triton']}.configs").load(tuned_file())
+    return getattr(module, impl) if impl in LIBRARIES else module
 
 
 def tuned_file() -> Path:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import check_attention, check_attn_mask, check_index, check_scale, without_autocast
+from fastprompt.ops.cuda import wins
 from fastprompt.ops.direct import Direct, run_backward
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
+from fastprompt.ops.layouts import empty_grads
 
 LIBRARY.define(
     "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
@@ -81,7 +83,7 @@ def prompt_attention(
     https://arxiv.org/abs/2101.00190.
     """
     args = _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, is_causal, scale)
-    chosen = choose("prompt_attention", args[:5], impl, composed=True).impl
+    chosen = _choose(args, impl).impl
     if chosen == "reference":
         with without_autocast(query.device.type):
             out, lse = reference.prompt_attention(*args)
@@ -92,11 +94,15 @@ def prompt_attention(
 
 def _resolve(query, key, value, prompt_key, prompt_value, *, impl="auto", return_lse=False, **kwargs) -> Choice:
     kwargs = {"prompt_index": None, "attn_mask": None, "is_causal": False, "scale": None, **kwargs}
-    args = _prepare(query, key, value, prompt_key, prompt_value, **kwargs)
-    return choose("prompt_attention", args[:5], impl, composed=True)
+    return _choose(_prepare(query, key, value, prompt_key, prompt_value, **kwargs), impl)
 
 
 prompt_attention.resolve = _resolve  # type: ignore[attr-defined]
+
+
+def _choose(args: tuple, impl: str) -> Choice:
+    """What runs the prepared arguments."""
+    return choose("prompt_attention", args[:5], impl, composed=True, win=wins.find(args[:5], *args[6:]))
 
 
 def _prepare(query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, is_causal, scale):
@@ -133,9 +139,7 @@ def _fake(query, *_):
 
 @torch.library.register_fake("fastprompt::prompt_attention_backward", lib=LIBRARY)
 def _fake_backward(grad_out, grad_lse, query, key, value, prompt_key, prompt_value, *rest):
-    needs = rest[-2]
-    tensors = (query, key, value, prompt_key, prompt_value)
-    return [torch.empty_like(x) for x, need in zip(tensors, needs, strict=True) if need]
+    return empty_grads((query, key, value, prompt_key, prompt_value), *rest[-2:])
 
 
 def _setup_context(ctx, inputs, output):

@@ -17,6 +17,7 @@ from fastprompt.ops.checks import (
 )
 from fastprompt.ops.direct import Direct, run_backward
 from fastprompt.ops.dispatch import LIBRARY, Choice, backend, choose
+from fastprompt.ops.layouts import empty_grads
 
 LIBRARY.define(
     "prompt_attention_varlen(Tensor query, Tensor key, Tensor value, Tensor prompt_key, Tensor prompt_value, "
@@ -197,9 +198,7 @@ def _fake(query, *_):
 
 @torch.library.register_fake("fastprompt::prompt_attention_varlen_backward", lib=LIBRARY)
 def _fake_backward(grad_out, grad_lse, query, key, value, prompt_key, prompt_value, *rest):
-    needs = rest[-2]
-    tensors = (query, key, value, prompt_key, prompt_value)
-    return [torch.empty_like(x) for x, need in zip(tensors, needs, strict=True) if need]
+    return empty_grads((query, key, value, prompt_key, prompt_value), *rest[-2:])
 
 
 def _setup_context(ctx, inputs, output):

@@ -230,21 +230,27 @@ def plan_backward(
     delta = torch.empty_like(lse)
     plan = []
     if dq is not None or dk is not None or dpk is not None:
-        plan.append(_plan_delta(p, out, grad_out, grad_lse, delta))
-    state = {
-        "grad_out": grad_out, "lse": lse, "delta": delta, "sdo": strides(grad_out), "sl": strides(lse),
-        "groups": p.groups, "scale": p.scale,
-    }  # fmt: skip
+        plan.append(plan_delta(p, out, grad_out, grad_lse, delta))
+    state = row_state(p, lse, delta, grad_out)
     if dq is not None:
         plan.append(_plan_query(p, state, dq))
     if dk is not None or dv is not None:
         plan.append(_plan_key_value(p, state, dk, dv))
     if any(x is not None and x.numel() for x in (dpk, dpv)):
-        plan += _plan_prompt(p, state | {"order": order, "starts": starts}, dpk, dpv)
+        plan += plan_prompt(p, state | {"order": order, "starts": starts}, dpk, dpv)
     return plan
 
 
-def _plan_delta(p: Problem, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
+def row_state(p: Problem, lse: Tensor, delta: Tensor, grad_out: Tensor) -> dict[str, object]:
+    """What every kernel of the backward but `delta` reads of its rows beside the query."""
+    return {
+        "grad_out": grad_out, "lse": lse, "delta": delta, "sdo": strides(grad_out), "sl": strides(lse),
+        "groups": p.groups, "scale": p.scale,
+    }  # fmt: skip
+
+
+def plan_delta(p: Problem, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
+    """The launch that fills delta."""
     config = Config(rows=min(64, padded(p.rows)), keys=0, warps=4, stages=1)
     count, heads = tiles(p.rows, config.rows), p.query.shape[1]
     arguments = {
@@ -282,7 +288,8 @@ def _plan_key_value(p: Problem, state: dict, dk: Tensor | None, dv: Tensor | Non
     return Launch(key_value_kernel, count * heads_kv * p.samples, arguments, constants, config)
 
 
-def _plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None) -> list[Launch]:
+def plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None) -> list[Launch]:
+    """The launches that fill dK_p and dV_p: a share a split, and their sums."""
     bank, heads_kv, prompts, dim = p.prompt_key.shape
     rows = p.query.shape[0] * p.query.shape[2]
     config = p.config("prompt", -(-rows // bank), prompts)
