@@ -158,7 +158,7 @@ def backward(
     scale: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Add the prompt's part to ``dq``, if there is one; returns gradients of those of both prompts that ``needs`` names."""
+    """Add the prompt's part to ``dq``, if it is there; returns those gradients of both prompts that ``needs`` names."""
     index = array(prompt_index)
     order, starts = readers(query, prompt_key, index) if any(needs) else (None, None)
     tensors = (grad_out, query, key, value, prompt_key, prompt_value, index, out, lse, dq, order, starts)
