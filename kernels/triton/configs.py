@@ -88,7 +88,7 @@ def choose(kernel: str, x: Tensor, size: int, rows: int, keys: int, masked: bool
     config = table(architecture(x.device))[name].config
     if masked:
         config = config._replace(rows=max(16, config.rows // 2))
-        if kernel == "forward":
+        if kernel == "forward" or (kernel == "query" and size > 64):
             config = config._replace(keys=max(16, config.keys // 2))
         elif kernel == "key_value" and size > 64:
             config = config._replace(stages=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import Config, padded
-from .launch import Launch, upcast
+from .launch import Launch, split, upcast
 from .prompt_attention_backward import delta_kernel, key_value_kernel, prompt_kernel, query_kernel, reduce_kernel
 from .prompt_attention_forward import forward_kernel
 
@@ -74,9 +74,15 @@ class Problem:
         """Head size, and the power of two that tiles hold."""
         return {"D": self.query.shape[3], "BLOCK_D": padded(self.query.shape[3])}
 
-    def config(self, kernel: str, rows: int, keys: int) -> Config:
-        """The configuration of one kernel."""
-        masked = self.mask is not None and kernel != "prompt"
+    @property
+    def loops(self) -> dict[str, bool]:
+        """What decides the loops of a kernel."""
+        dtype = self.query.dtype
+        return {"CAUSAL": self.is_causal, "SPLIT": split(dtype), "UPCAST": upcast(dtype)}
+
+    def config(self, kernel: str, rows: int, keys: int, listed: bool = False) -> Config:
+        """The configuration of one kernel; rows of a list (``listed``) take registers as a mask does."""
+        masked = listed if kernel == "prompt" else self.mask is not None
         return configs.choose(kernel, self.query, self.query.shape[3], rows, keys, masked)
 
     def inputs(self) -> dict[str, object]:
@@ -95,6 +101,11 @@ def strides(x: Tensor | None) -> tuple[int, ...] | None:
     if x is None:
         return None
     return (0 if len(x) == 1 else x.stride(0), *x.stride()[1:])
+
+
+def flat(x: Tensor) -> bool:
+    """Whether row ``r % T`` of sample ``r // T`` lies ``r`` rows after the first."""
+    return len(x) == 1 or x.stride(0) == x.shape[2] * x.stride(2)
 
 
 def tiles(size: int, block: int) -> int:
@@ -168,19 +179,15 @@ def allocate(problem: Problem, needs: list[bool]) -> list[Tensor | None]:
 def plan_forward(problem: Problem, out: Tensor, lse: Tensor) -> Launch:
     """The forward launch."""
     p = problem
-    config = p.config("forward", p.rows, max(p.keys, p.prompts))
+    config = p.config("forward", p.rows, p.keys + p.prompts)
     count, heads = tiles(p.rows, config.rows), p.query.shape[1]
     arguments = p.inputs() | {
         "out": out, "lse": lse, "so": strides(out), "sl": strides(lse),
         "heads": heads, "groups": p.groups, "tiles": count, "tq": p.rows, "tk": p.keys, "prompts": p.prompts,
         "scale": p.scale,
     }  # fmt: skip
-    constants = {"CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype), **p.dim, **_tile(config, p.prompts)}
+    constants = {**p.loops, **p.dim, "BLOCK_M": config.rows, "BLOCK_N": config.keys}
     return Launch(forward_kernel, count * heads * p.samples, arguments, constants, config)
-
-
-def _tile(config: Config, prompts: int) -> dict[str, int]:
-    return {"BLOCK_P": min(config.keys, padded(prompts)), "BLOCK_M": config.rows, "BLOCK_N": config.keys}
 
 
 def plan_backward(
@@ -189,12 +196,14 @@ def plan_backward(
     """The launches that fill those gradients that are not None; a part that nobody needs is not launched."""
     p = problem
     dq, dk, dv, dpk, dpv = grads
-    delta = torch.empty_like(lse)
-    plan = []
-    if dq is not None or dk is not None or dpk is not None:
-        plan.append(_plan_delta(p, out, grad_out, grad_lse, delta))
+    if not any(x is not None and x.numel() for x in grads):
+        return []
+    # Two numbers a row, [H,B,T] each: rows of all samples are evenly spaced.
+    batch, heads, tq = lse.shape
+    level, delta = lse.new_empty(2, heads, batch, tq).transpose(1, 2)
+    plan = [_plan_delta(p, out, grad_out, grad_lse, lse, level, delta)]
     state = {
-        "grad_out": grad_out, "lse": lse, "delta": delta, "sdo": strides(grad_out), "sl": strides(lse),
+        "grad_out": grad_out, "level": level, "delta": delta, "sdo": strides(grad_out), "ss": strides(delta),
         "groups": p.groups, "scale": p.scale,
     }  # fmt: skip
     if dq is not None:
@@ -206,25 +215,28 @@ def plan_backward(
     return plan
 
 
-def _plan_delta(p: Problem, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
+def _plan_delta(
+    p: Problem, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor, level: Tensor, delta: Tensor
+) -> Launch:
     config = Config(rows=min(64, padded(p.rows)), keys=0, warps=4, stages=1)
     count, heads = tiles(p.rows, config.rows), p.query.shape[1]
     arguments = {
-        "out": out, "grad_out": grad_out, "grad_lse": grad_lse, "cu_seqlens": p.cu_seqlens, "delta": delta,
-        "so": strides(out), "sdo": strides(grad_out), "sdl": strides(grad_lse), "sl": strides(delta),
+        "out": out, "grad_out": grad_out, "grad_lse": grad_lse, "lse": lse, "cu_seqlens": p.cu_seqlens,
+        "level": level, "delta": delta, "so": strides(out), "sdo": strides(grad_out), "sdl": strides(grad_lse),
+        "sl": strides(lse), "ss": strides(delta),
         "heads": heads, "tiles": count, "tq": p.rows,
     }  # fmt: skip
     return Launch(delta_kernel, count * heads * p.samples, arguments, {**p.dim, "BLOCK_M": config.rows}, config)
 
 
 def _plan_query(p: Problem, state: dict, dq: Tensor) -> Launch:
-    config = p.config("query", p.rows, max(p.keys, p.prompts))
+    config = p.config("query", p.rows, p.keys + p.prompts)
     count, heads = tiles(p.rows, config.rows), p.query.shape[1]
     arguments = p.inputs() | state | {
         "grad_query": dq, "sdq": strides(dq), "heads": heads, "tiles": count, "tq": p.rows, "tk": p.keys,
         "prompts": p.prompts,
     }  # fmt: skip
-    constants = {"CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype), **p.dim, **_tile(config, p.prompts)}
+    constants = {**p.loops, **p.dim, "BLOCK_M": config.rows, "BLOCK_N": config.keys}
     return Launch(query_kernel, count * heads * p.samples, arguments, constants, config)
 
 
@@ -238,8 +250,8 @@ def _plan_key_value(p: Problem, state: dict, dk: Tensor | None, dv: Tensor | Non
         "heads_kv": heads_kv, "tiles": count, "tq": p.rows, "tk": p.keys,
     }  # fmt: skip
     constants = {
-        "NEED_K": dk is not None, "NEED_V": dv is not None, "CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype),
-        **p.dim, "BLOCK_M": config.rows, "BLOCK_N": config.keys,
+        "NEED_K": dk is not None, "NEED_V": dv is not None, **p.loops, **p.dim,
+        "BLOCK_M": config.rows, "BLOCK_N": config.keys,
     }  # fmt: skip
     return Launch(key_value_kernel, count * heads_kv * p.samples, arguments, constants, config)
 
@@ -247,22 +259,25 @@ def _plan_key_value(p: Problem, state: dict, dk: Tensor | None, dv: Tensor | Non
 def _plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None) -> list[Launch]:
     bank, heads_kv, prompts, dim = p.prompt_key.shape
     rows = p.query.shape[0] * p.query.shape[2]
-    config = p.config("prompt", -(-rows // bank), prompts)
+    order, starts = _readers(p, bank)
+    config = p.config("prompt", -(-rows // bank), prompts, listed=order is not None)
     count = tiles(prompts, config.keys)
     splits = max(1, min(tiles(rows, bank * config.rows), PROGRAMS // (bank * heads_kv * count)))
     shape = (splits, bank, heads_kv, prompts, dim)
     work = [None if x is None else x.new_empty(shape, dtype=torch.float32) for x in (dpk, dpv)]
-    order, starts = _readers(p, bank)
+    # Float32 prompts beside half precision are rounded before: rounded inside, they would stay in registers. It is less
+    # than is written for them.
+    key, value = (x.to(p.query.dtype) for x in (p.prompt_key, p.prompt_value))
     arguments = state | {
-        "query": p.query, "prompt_key": p.prompt_key, "prompt_value": p.prompt_value, "order": order, "starts": starts,
+        "query": p.query, "prompt_key": key, "prompt_value": value, "order": order, "starts": starts,
         "work_key": work[0], "work_value": work[1],
-        "sq": strides(p.query), "spk": strides(p.prompt_key), "spv": strides(p.prompt_value),
+        "sq": strides(p.query), "spk": strides(key), "spv": strides(value),
         "heads_kv": heads_kv, "tiles": count, "splits": splits, "bank": bank, "tq": p.query.shape[2],
         "rows_total": rows, "prompts": prompts,
     }  # fmt: skip
     constants = {
-        "NEED_K": dpk is not None, "NEED_V": dpv is not None, "UPCAST": upcast(p.query.dtype), **p.dim,
-        "BLOCK_M": config.rows, "BLOCK_P": config.keys,
+        "NEED_K": dpk is not None, "NEED_V": dpv is not None, "FLAT": flat(p.query) and flat(state["grad_out"]),
+        "UPCAST": upcast(p.query.dtype), **p.dim, "BLOCK_M": config.rows, "BLOCK_P": config.keys,
     }  # fmt: skip
     plan = [Launch(prompt_kernel, splits * count * heads_kv * bank, arguments, constants, config)]
     pairs = zip(work, (dpk, dpv), strict=True)
