@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.sass import disassemble, serialised
 from fastprompt.kernels import (
     compress_kv,
     configs,
@@ -38,7 +40,7 @@ from fastprompt.kernels import (
     summarize_tokens,
 )
 from fastprompt.kernels.launch import Launch
-from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward
+from fastprompt.kernels.prompt_attention import Problem, allocate, plan_backward, plan_forward, rounded
 
 #: Shared memory a block may use, bytes (CUDA programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -78,6 +80,8 @@ class Usage(NamedTuple):
     warps: int
     #: Columns of sm_100's tensor memory, a block.
     columns: int = 0
+    #: Whether every wgmma waits for the one before.
+    serialised: bool = False
 
 
 class Variant(NamedTuple):
@@ -140,12 +144,17 @@ def plans(variant: str, dtype: torch.dtype, dim: int) -> list[Launch]:
         dim**-0.5, torch.empty(batch + 1, dtype=torch.int32, device="meta") if v.packed else None, tokens,
     )  # fmt: skip
     lse = torch.empty(query.shape[:3], device="meta")
+    # As launchers do before they plan: rows by the prompt of a bank that they read, and prompts rounded.
+    counts = (batch * tokens, v.bank + 1) if v.bank > 1 else ()
+    read = [torch.empty(n, dtype=torch.int32, device="meta") for n in counts]
     grads = allocate(problem, [True] * 5)
+    key, value = rounded(query, *bank)
+    behind = replace(problem, prompt_key=key, prompt_value=value)
     if v.library:
-        plan = prompt_part.plan_backward(problem, out, lse, grad_out, (grads[0], grads[3], grads[4]))
+        plan = prompt_part.plan_backward(behind, out, lse, grad_out, (grads[0], grads[3], grads[4]), *read)
         plan.insert(0, prompt_part.plan_forward(problem, out, lse, grad_out, lse))
         return plan[:2]  # the others are those of the kernels over all keys
-    plan = [plan_forward(problem, out, lse), *plan_backward(problem, out, lse, grad_out, lse, grads)]
+    plan = [plan_forward(problem, out, lse), *plan_backward(behind, out, lse, grad_out, lse, grads, *read)]
     return list({launch.kernel.__name__: launch for launch in plan}.values())
 
 
@@ -161,8 +170,8 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
     mask = None if v.mask is None else tensor(batch, length, kind=v.mask)
     options = ("visible", "max") if v.mask is not None else ("none", "mean")
     scores = key_scores.plan(
-        query, key, tensor(batch, heads_kv * v.groups, length), mask, mask, tensor(*shape), v.is_causal, 0, dim**-0.5,
-        *options,
+        query, key, tensor(batch, heads_kv * v.groups, length), mask, mask, tensor(1, *shape), v.is_causal, 0,
+        dim**-0.5, *options,
     )  # fmt: skip
     index, order = (tensor(batch, heads_kv, n, kind=torch.int64) for n in (kept, length))
     kept_key, starts = tensor(batch, heads_kv, kept, dim, kind=dtype), tensor(*shape[:2], kept + 1, kind=torch.int64)
@@ -170,7 +179,7 @@ def _cache_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
     merge = compress_kv.plan_merge(
         key, kept_key, order, starts, tensor(*shape), 0.5, tensor(*kept_key.shape, kind=dtype)
     )
-    return [scores, nearest, merge]
+    return [scores, *nearest, merge]
 
 
 def _branch_plans(v: Variant, dtype: torch.dtype, dim: int) -> list[Launch]:
@@ -258,15 +267,18 @@ def source(launch: Launch) -> ASTSource:
 
 def compile_job(job: Job) -> Usage:
     """Compile one kernel for its target and read what it takes."""
-    launch = _launch(job)
+    launch = configured(job)
     target = TARGETS[job.target]
     compiled = triton.compile(source(launch), target=target, options=launch.options())
     registers = stack = None
+    waits = False
     shared = compiled.metadata.shared
     if target.backend == "cuda":
+        waits = target.arch == 90 and serialised(disassemble(compiled.asm["cubin"]))
         registers, stack, static = read_cubin(compiled.asm["cubin"], job.kernel)
         shared = max(shared, static)
-    return Usage(registers, stack, shared, launch.config.warps, getattr(compiled.metadata, "tmem_size", None) or 0)
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Usage(registers, stack, shared, launch.config.warps, columns, waits)
 
 
 def read_cubin(cubin: bytes, kernel: str) -> tuple[int, int, int]:
@@ -286,10 +298,15 @@ def read_cubin(cubin: bytes, kernel: str) -> tuple[int, int, int]:
 def distinct(todo: list[Job]) -> dict[Job, Job]:
     """Every job, and the first one that compiles the same code."""
     first: dict[tuple, Job] = {}
-    return {job: first.setdefault((job.target, source(_launch(job)).hash(), _launch(job).config), job) for job in todo}
+    same = {}
+    for job in todo:
+        launch = configured(job)
+        same[job] = first.setdefault((job.target, source(launch).hash(), launch.config), job)
+    return same
 
 
-def _launch(job: Job) -> Launch:
+def configured(job: Job) -> Launch:
+    """The launch of a job, with the tile of its target."""
     with configs.compiling_for(architecture(job.target)):
         return next(x for x in plans(job.variant, DTYPES[job.dtype], job.dim) if x.kernel.__name__ == job.kernel)
 
@@ -310,15 +327,18 @@ def jobs(variants: list[str], dtypes: list[str], dims: list[int], targets: list[
 
 
 def faults(job: Job, usage: Usage) -> list[str]:
-    """What the gate forbids: half precision with D <= 128 must not spill, and nothing may exceed the shared memory."""
+    """What the gate forbids: spills and serialised products in half precision with D <= 128, too much shared memory."""
     if not job.target.startswith("cuda"):
         return []
     found = []
     limit = SHARED_LIMIT[int(job.target.split(":")[1])]
     if usage.shared > limit:
         found.append(f"{usage.shared} bytes of shared memory, limit {limit}")
-    if usage.stack and job.dtype != "fp32" and job.dim <= 128:
-        found.append(f"{usage.stack} bytes of stack: registers are spilled")
+    if job.dtype != "fp32" and job.dim <= 128:
+        if usage.stack:
+            found.append(f"{usage.stack} bytes of stack: registers are spilled")
+        if usage.serialised:
+            found.append("wgmma is serialised: something writes an accumulator between products")
     return found
 
 

@@ -28,9 +28,9 @@ LENGTHS = (1, 77, 197, 257, 577)
 NEEDS = {
     "query": ({"delta", "query"}, (True, False, False, False, False)),
     "key": ({"delta", "key_value"}, (False, True, False, False, False)),
-    "value": ({"key_value"}, (False, False, True, False, False)),
+    "value": ({"delta", "key_value"}, (False, False, True, False, False)),
     "prompt_key": ({"delta", "prompt", "reduce"}, (False, False, False, True, False)),
-    "prompt_value": ({"prompt", "reduce"}, (False, False, False, False, True)),
+    "prompt_value": ({"delta", "prompt", "reduce"}, (False, False, False, False, True)),
     "prompts": ({"delta", "prompt", "reduce"}, PROMPTS_ONLY),
 }
 

@@ -38,7 +38,7 @@ def test_half_precision_does_not_spill(tmp_path):
     found = {(row["kernel"], row["dim"], row["target"]) for row in rows}
     assert found == {(kernel, dim, target) for kernel in KERNELS for dim in (64, 128) for target in TARGETS}
     for row in rows:
-        assert row["stack"] == 0, row
+        assert row["stack"] == 0 and not row["serialised"], row
         assert 0 < row["registers"] <= 255 and row["shared"] <= SHARED_SERVED[int(row["target"][5:])], row
 
 
@@ -64,8 +64,7 @@ def test_no_first_call_takes_three_seconds():
     """As measured with the shipped tiles; a timing of the moment would depend on what else the machine does."""
     rows = json.loads(first_call.RESULTS.read_text())["compiled"]
     assert {row["kernel"] for row in rows} == set(KERNELS)
-    over = {(row["kernel"], row["dtype"], row["dim"]) for row in rows if not 0 < row["seconds"] <= first_call.LIMIT}
-    assert over == set(first_call.SLOWER)
+    assert not [row for row in rows if not 0 < row["seconds"] <= first_call.LIMIT]
 
 
 def test_what_the_gate_forbids():
@@ -73,6 +72,7 @@ def test_what_the_gate_forbids():
     fine = Usage(128, 0, 1000, 4)
     assert faults(job, fine) == []
     assert "spilled" in faults(job, fine._replace(stack=8))[0]
+    assert "serialised" in faults(job, fine._replace(serialised=True))[0]
     assert "shared memory" in faults(job, fine._replace(shared=SHARED_LIMIT[80] + 1))[0]
     # Other cases report what they spill.
     assert faults(job._replace(dtype="fp32"), fine._replace(stack=8)) == []

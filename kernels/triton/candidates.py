@@ -42,8 +42,9 @@ LIGHT = ("forward", "branches", "nearest", "scores")
 
 #: The others, by bytes of an element.
 OTHERS: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("merge", 2): (Config(16, 0, 2, 1), Config(16, 0, 1, 1), Config(16, 0, 4, 1)),
-    ("merge", 4): (Config(16, 0, 2, 1), Config(16, 0, 1, 1), Config(16, 0, 4, 1)),
+    # Few pairs go to a survivor: four, where a fifth of the keys survives.
+    ("merge", 2): (Config(8, 0, 1, 1), Config(16, 0, 1, 1), Config(16, 0, 2, 1), Config(16, 0, 4, 1)),
+    ("merge", 4): (Config(8, 0, 1, 1), Config(16, 0, 1, 1), Config(16, 0, 2, 1), Config(16, 0, 4, 1)),
     ("diffuse", 2): (
         Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 3), Config(64, 64, 4, 2),
         Config(64, 32, 8, 3), Config(64, 32, 8, 2), Config(32, 64, 8, 2), Config(16, 32, 8, 2),

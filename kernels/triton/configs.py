@@ -93,7 +93,7 @@ def choose(kernel: str, x: Tensor, size: int, rows: int, keys: int, crowded: boo
     config = table(architecture(_planning_for or x.device))[name].config
     if crowded and kernel != "prompt":
         config = config._replace(rows=max(16, config.rows // 2))
-        if kernel == "forward":
+        if kernel == "forward" or (kernel == "query" and size > 64):
             config = config._replace(keys=max(16, config.keys // 2))
     if crowded and kernel in ("key_value", "prompt"):
         config = config._replace(stages=1)

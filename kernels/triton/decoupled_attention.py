@@ -12,7 +12,7 @@ from torch import Tensor
 from . import configs
 from .configs import Config, padded
 from .decoupled_attention_kernels import branch_kernel, branches_kernel, branches_query_kernel
-from .launch import Launch, launch, upcast
+from .launch import Launch, launch, split, upcast
 from .prompt_attention import PROGRAMS, full_mask, plan_reduce, strides, tiles
 
 
@@ -208,6 +208,7 @@ def plan_backward(
             "grad_out": grad_out, "lse": lse, "delta": delta, "grad_query": dq,
             "sdo": strides(grad_out), "sl": lse.stride(), "sdq": strides(dq),
         }  # fmt: skip
+        constants["SPLIT"] = split(problem.query.dtype)
         plan.append(Launch(branches_query_kernel, problem.programs(config), arguments, constants, config))
     for j, (dk, dv) in enumerate(grads):
         if dk is not None or dv is not None:

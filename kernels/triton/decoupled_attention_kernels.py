@@ -13,6 +13,7 @@ from .tiles import (
     LN2,
     LOG2E,
     SIZES,
+    exponent,
     load_rows,
     load_tile,
     mask_scores,
@@ -32,14 +33,24 @@ def load_weight(weight, factor, rows, live, strides):
 
 @triton.jit
 def score_keys(
-    q, key, mask, rows, cols, live, sk, sm, length, tq, scale,
+    q, key, mask, rows, cols, live, sk, sm, length, tq, factor,
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores (in powers of 2) of a tile of keys, and the tile."""
+    """Scores of a tile of keys, and the tile; with a mask they are in powers of 2 (see `unit`)."""
     k = matmul_input(load_tile(key, cols, cols < length, sk[2], sk[3], D, BLOCK_D), UPCAST)
-    scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2E)
-    scores = mask_scores(scores, mask, sm, rows[:, None], cols[None, :], live[:, None], length, length - tq, CAUSAL)
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    if mask is None and not CAUSAL:
+        scores = tl.where((cols < length)[None, :], scores, float("-inf"))
+    else:
+        scores = scores if mask is None else scores * factor
+        scores = mask_scores(scores, mask, sm, rows[:, None], cols[None, :], live[:, None], length, length - tq, CAUSAL)
     return scores, k
+
+
+@triton.jit
+def unit(mask, factor):
+    """What makes powers of 2 of what `score_keys` returns: free where something is subtracted anyway."""
+    return factor if mask is None else 1.0
 
 
 @triton.jit
@@ -66,6 +77,7 @@ def branches_kernel(
     rows = start + tl.arange(0, BLOCK_M)
     live = rows < tq
     q = matmul_input(load_tile(query + b * sq[0] + head * sq[1], rows, live, sq[2], sq[3], D, BLOCK_D), UPCAST)
+    factor = exponent(scale)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in tl.static_range(BRANCHES):
         key = keys[j] + b * sk[j][0] + kv * sk[j][1]
@@ -78,10 +90,10 @@ def branches_kernel(
         for n in range(0, last_key(start, lengths[j], tq, CAUSAL[j], BLOCK_M), BLOCKS[j]):
             cols = n + tl.arange(0, BLOCKS[j])
             scores, _ = score_keys(
-                q, key, mask, rows, cols, live, sk[j], sm[j], lengths[j], tq, scale, CAUSAL[j], UPCAST, D, BLOCK_D
+                q, key, mask, rows, cols, live, sk[j], sm[j], lengths[j], tq, factor, CAUSAL[j], UPCAST, D, BLOCK_D
             )
             v = matmul_input(load_tile(value, cols, cols < lengths[j], sv[j][2], sv[j][3], D, BLOCK_D), UPCAST)
-            acc, peak, total = online_softmax(acc, peak, total, scores, v)
+            acc, peak, total = online_softmax(acc, peak, total, scores, v, unit(mask, factor))
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         result += acc * (load_weight(weight, factors[j], rows, live, sw[j]) / total)[:, None]
@@ -90,11 +102,31 @@ def branches_kernel(
     store_tile(out + b * so[0] + head * so[1], result, rows, live, so[2], so[3], D, BLOCK_D)
 
 
+@triton.jit
+def sweep(
+    acc, base, again, q, do, key, value, mask, rows, live, level, w, sk, sv, sm, length, end, tq, factor,
+    CAUSAL: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Once over the keys of a branch: sums its delta, ``base``; when ``again``, adds to dQ (without its scale)."""
+    for n in range(0, end, BLOCK):
+        cols = n + tl.arange(0, BLOCK)
+        scores, k = score_keys(q, key, mask, rows, cols, live, sk, sm, length, tq, factor, CAUSAL, UPCAST, D, BLOCK_D)
+        v = matmul_input(load_tile(value, cols, cols < length, sv[2], sv[3], D, BLOCK_D), UPCAST)
+        p = tl.exp2(scores * unit(mask, factor) - level)
+        slope = tl.dot(do, v.T, input_precision="ieee")
+        if again:
+            ds = p * (slope - base[:, None]) * w
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+        else:
+            base += tl.sum(p * slope, 1)
+    return acc, base
+
+
 @triton.jit(do_not_specialize=SIZES)
 def branches_query_kernel(
     query, keys, values, weights, masks, grad_out, lse, delta, grad_query, sq, sk, sv, sw, sm, sdo, sl, sdq,
     factors, lengths, heads, groups, tiles, tq, scale,
-    CAUSAL: tl.constexpr, BLOCKS: tl.constexpr, BRANCHES: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCKS: tl.constexpr, BRANCHES: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The delta of BLOCK_M rows of one head in every branch, and their dQ.
@@ -110,6 +142,7 @@ def branches_query_kernel(
     q = matmul_input(load_tile(query + b * sq[0] + head * sq[1], rows, live, sq[2], sq[3], D, BLOCK_D), UPCAST)
     do = load_tile(grad_out + b * sdo[0] + head * sdo[1], rows, live, sdo[2], sdo[3], D, BLOCK_D)
     do = matmul_input(do, UPCAST)
+    factor = exponent(scale)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in tl.static_range(BRANCHES):
         key = keys[j] + b * sk[j][0] + kv * sk[j][1]
@@ -119,26 +152,27 @@ def branches_query_kernel(
         state = j * sl[0] + b * sl[1] + head * sl[2]
         level = safe_lse(load_rows(lse + state, rows, live, sl[3], float("-inf")))[:, None]
         end = last_key(start, lengths[j], tq, CAUSAL[j], BLOCK_M)
+        w = load_weight(weight, factors[j], rows, live, sw[j])
+        w = w if weight is None else w[:, None]
         base = tl.zeros([BLOCK_M], tl.float32)
-        for n in range(0, end, BLOCKS[j]):
-            cols = n + tl.arange(0, BLOCKS[j])
-            scores, _ = score_keys(
-                q, key, mask, rows, cols, live, sk[j], sm[j], lengths[j], tq, scale, CAUSAL[j], UPCAST, D, BLOCK_D
-            )
-            v = matmul_input(load_tile(value, cols, cols < lengths[j], sv[j][2], sv[j][3], D, BLOCK_D), UPCAST)
-            base += tl.sum(tl.exp2(scores - level) * tl.dot(do, v.T, input_precision="ieee"), 1)
+        if SPLIT:
+            acc, base = sweep(
+                acc, base, 0, q, do, key, value, mask, rows, live, level, w, sk[j], sv[j], sm[j], lengths[j], end, tq,
+                factor, CAUSAL[j], UPCAST, D, BLOCK_D, BLOCKS[j],
+            )  # fmt: skip
+            if grad_query is not None:
+                acc, base = sweep(
+                    acc, base, 1, q, do, key, value, mask, rows, live, level, w, sk[j], sv[j], sm[j], lengths[j], end,
+                    tq, factor, CAUSAL[j], UPCAST, D, BLOCK_D, BLOCKS[j],
+                )  # fmt: skip
+        else:
+            # One code for both sweeps: products of float32 take long to compile.
+            for again in range(0, 1 if grad_query is None else 2):
+                acc, base = sweep(
+                    acc, base, again, q, do, key, value, mask, rows, live, level, w, sk[j], sv[j], sm[j], lengths[j],
+                    end, tq, factor, CAUSAL[j], UPCAST, D, BLOCK_D, BLOCKS[j],
+                )  # fmt: skip
         tl.store(delta + state + rows.to(tl.int64) * sl[3], base, mask=live)
-        if grad_query is not None:
-            w = load_weight(weight, factors[j], rows, live, sw[j])
-            w = w if weight is None else w[:, None]
-            for n in range(0, end, BLOCKS[j]):
-                cols = n + tl.arange(0, BLOCKS[j])
-                scores, k = score_keys(
-                    q, key, mask, rows, cols, live, sk[j], sm[j], lengths[j], tq, scale, CAUSAL[j], UPCAST, D, BLOCK_D
-                )
-                v = matmul_input(load_tile(value, cols, cols < lengths[j], sv[j][2], sv[j][3], D, BLOCK_D), UPCAST)
-                ds = tl.exp2(scores - level) * (tl.dot(do, v.T, input_precision="ieee") - base[:, None]) * w
-                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     if grad_query is not None:
         store_tile(grad_query + b * sdq[0] + head * sdq[1], acc * scale, rows, live, sdq[2], sdq[3], D, BLOCK_D)
 
@@ -186,10 +220,12 @@ def branch_kernel(
             state = sample * sl[0] + head * sl[1] + rows * sl[2]
             level = safe_lse(load_rows(lse, state, live, 1, float("-inf")))[None, :]
             scores = tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2E)
-            here = mask if mask is None else mask + (sample * sm[0] + head * sm[1])[None, :]
-            scores = mask_scores(
-                scores, here, sm, rows[None, :], cols[:, None], live[None, :], length, length - tq, CAUSAL
-            )
+            # Keys past the end get weights too, but keys do not mix here, and theirs are not stored.
+            if mask is not None or CAUSAL:
+                here = mask if mask is None else mask + (sample * sm[0] + head * sm[1])[None, :]
+                scores = mask_scores(
+                    scores, here, sm, rows[None, :], cols[:, None], live[None, :], length, length - tq, CAUSAL
+                )
             p = tl.exp2(scores - level)
             if weight is None:
                 p *= factor

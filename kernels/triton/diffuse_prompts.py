@@ -139,11 +139,11 @@ def plan_backward(p: Problem, grad_out: Tensor, grads: list[Tensor | None], part
     """
     dx, dbase, dprompts, dkeys = grads
     config = p.config("diffuse_rows")
-    kept = [None if t is None else p.x.new_empty(p.rows, len(t)) for t in (dprompts, dkeys)]
+    kept = [None if t is None else p.x.new_empty(p.rows, pitch(len(t))) for t in (dprompts, dkeys)]
     weight = None if dprompts is None else p.log_scale.new_empty(p.rows)
     arguments = p.inputs() | {
         "grad_out": grad_out, "grad_x": dx, "grad_base": dbase, "kept_active": kept[0], "kept_slope": kept[1],
-        "kept_weight": weight, "partial": partial, "sg": grad_out.stride(),
+        "kept_weight": weight, "pitch": pitch(len(p.keys)), "partial": partial, "sg": grad_out.stride(),
         "sdx": None if dx is None else dx.stride(), "sdb": None if dbase is None else dbase.stride(),
     }  # fmt: skip
     plan = [Launch(diffuse_rows_kernel, tiles(p.rows, config.rows), arguments, p.constants(config), config)]
@@ -151,6 +151,11 @@ def plan_backward(p: Problem, grad_out: Tensor, grads: list[Tensor | None], part
         if left is not None and grad is not None and grad.numel():
             plan += plan_columns(p, left, right, weights, grad)
     return plan
+
+
+def pitch(count: int) -> int:
+    """Numbers of a row of what lives between two kernels: loads of 16 bytes need rows that begin at multiples."""
+    return -(-count // 16) * 16
 
 
 def plan_columns(p: HasTokens, left: Tensor, right: Tensor, weight: Tensor | None, grad: Tensor) -> list[Launch]:
@@ -164,9 +169,11 @@ def plan_columns(p: HasTokens, left: Tensor, right: Tensor, weight: Tensor | Non
     work = grad.new_empty(splits, count, width, dtype=torch.float32)
     arguments = {
         "left": left, "right": right, "weight": weight, "work": work, "sr": right.stride(),
-        "tokens": p.x.shape[1], "rows_total": p.rows, "count": count, "tiles": columns, "splits": splits,
+        "tokens": p.x.shape[1], "rows_total": p.rows, "count": count, "pitch": left.shape[1], "tiles": columns,
+        "splits": splits,
     }  # fmt: skip
     constants = {
+        "FLAT": len(right) == 1 or right.stride(0) == right.shape[1] * right.stride(1),
         "UPCAST": upcast(p.x.dtype), "C": width, "BLOCK_M": config.rows, "BLOCK_P": block, "BLOCK_C": config.keys,
     }  # fmt: skip
     sizes = {"work": work, "grad": grad, "splits": splits, "size": grad.numel()}

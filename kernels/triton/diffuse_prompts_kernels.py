@@ -79,7 +79,7 @@ def diffuse_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def diffuse_rows_kernel(
     grad_out, x, base, values, keys, log_scale, grad_x, grad_base, kept_active, kept_slope, kept_weight, partial,
-    sg, sx, sb, sdx, sdb, tokens, rows_total, count,
+    sg, sx, sb, sdx, sdb, tokens, rows_total, count, pitch,
     SOFTMAX: tl.constexpr, ROWMAX: tl.constexpr, UPCAST: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -112,9 +112,10 @@ def diffuse_rows_kernel(
         total += peak * tl.sum(active * slope, 1)
         tl.store(partial + tl.program_id(0), factor * tl.sum(tl.where(live, total, 0.0), 0))
     weight = factor * peak
-    kept = rows.to(tl.int64) * count
+    # Up to the pitch, whose numbers past the last prompt are 0.
+    kept = rows.to(tl.int64) * pitch
     if kept_active is not None:
-        store_columns(kept_active, active, kept, live, 0, 1, count, BLOCK_P)
+        store_columns(kept_active, active, kept, live, 0, 1, pitch, BLOCK_P)
         tl.store(kept_weight + rows, weight, mask=live)
     if SOFTMAX:
         slope = active * (slope - tl.sum(active * slope, 1)[:, None])
@@ -122,7 +123,7 @@ def diffuse_rows_kernel(
         slope = tl.where(scores > 0, slope, 0.0)
     slope = slope * weight[:, None]
     if kept_slope is not None:
-        store_columns(kept_slope, slope, kept, live, 0, 1, count, BLOCK_P)
+        store_columns(kept_slope, slope, kept, live, 0, 1, pitch, BLOCK_P)
     if grad_x is not None:
         slope = matmul_input(slope.to(x.dtype.element_ty), UPCAST)
         dx_at = row_offsets(rows, tokens, sdx)
@@ -133,12 +134,15 @@ def diffuse_rows_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def diffuse_prompt_kernel(
-    left, right, weight, work, sr, tokens, rows_total, count, tiles, splits,
-    UPCAST: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    left, right, weight, work, sr, tokens, rows_total, count, pitch, tiles, splits,
+    FLAT: tl.constexpr, UPCAST: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One split's share of ``left^T (weight * right)`` for BLOCK_P prompts and BLOCK_C columns, in float32.
 
-    Every split takes an equal run of tiles of rows, so the order of the sum depends on shapes alone.
+    A row of ``left`` has ``pitch`` numbers, a multiple of 16 for loads of 16 bytes. Rows of ``right`` that are evenly
+    spaced (FLAT) are found without a division. Every split takes an equal run of tiles of rows, so the order of the sum
+    depends on shapes alone.
     """
     pid = tl.program_id(0)
     part, tile = pid % splits, pid // splits
@@ -151,9 +155,10 @@ def diffuse_prompt_kernel(
     for m in range(begin, end, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         live = rows < end
-        address = left + rows.to(tl.int64)[None, :] * count + at[:, None]
-        a = matmul_input(tl.load(address, mask=(at < count)[:, None] & live[None, :], other=0.0), UPCAST)
-        r = load_columns(right, row_offsets(rows, tokens, sr), live, start, sr[2], C, BLOCK_C)
+        address = left + rows.to(tl.int64)[None, :] * pitch + at[:, None]
+        a = matmul_input(tl.load(address, mask=(at < pitch)[:, None] & live[None, :], other=0.0), UPCAST)
+        r_at = rows.to(tl.int64) * sr[1] if FLAT else row_offsets(rows, tokens, sr)
+        r = load_columns(right, r_at, live, start, sr[2], C, BLOCK_C)
         if weight is not None:
             scaled = r.to(tl.float32) * tl.load(weight + rows, mask=live, other=0.0)[:, None]
             r = scaled.to(r.dtype)

@@ -207,3 +207,11 @@ def _view(x: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
 def upcast(dtype: torch.dtype) -> bool:
     """The interpreter computes with the bit patterns of bfloat16; there it must be float32 from the load on."""
     return bool(INTERPRET) and dtype == torch.bfloat16
+
+
+def split(dtype: torch.dtype) -> bool:
+    """Whether tiles that need no mask have a loop of their own.
+
+    Beside products of float32 a mask is nothing, and twice the code takes twice as long to compile.
+    """
+    return bool(INTERPRET) or dtype.itemsize == 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import Config, padded
-from .launch import Launch, launch, upcast
+from .launch import Launch, launch, split, upcast
 from .prompt_attention_backward import delta_kernel, key_value_kernel, prompt_kernel, query_kernel, reduce_kernel
 from .prompt_attention_forward import forward_kernel
 
@@ -69,9 +69,15 @@ class Problem:
         """Head size, and the power of two that tiles hold."""
         return {"D": self.query.shape[3], "BLOCK_D": padded(self.query.shape[3])}
 
-    def config(self, kernel: str, rows: int, keys: int) -> Config:
-        """The configuration of one kernel."""
-        crowded = self.groups > 1 if kernel == "prompt" else self.mask is not None
+    @property
+    def loops(self) -> dict[str, bool]:
+        """What decides the loops of a kernel."""
+        dtype = self.query.dtype
+        return {"CAUSAL": self.is_causal, "SPLIT": split(dtype), "UPCAST": upcast(dtype)}
+
+    def config(self, kernel: str, rows: int, keys: int, listed: bool = False) -> Config:
+        """The configuration of one kernel; rows of a list (``listed``) take registers as a mask does."""
+        crowded = listed or self.groups > 1 if kernel == "prompt" else self.mask is not None
         return configs.choose(kernel, self.query, self.query.shape[3], rows, keys, crowded)
 
     def inputs(self) -> dict[str, object]:
@@ -90,6 +96,11 @@ def strides(x: Tensor | None) -> tuple[int, ...] | None:
     if x is None:
         return None
     return (0 if len(x) == 1 else x.stride(0), *x.stride()[1:])
+
+
+def flat(x: Tensor) -> bool:
+    """Whether row ``r % T`` of sample ``r // T`` lies ``r`` rows after the first."""
+    return len(x) == 1 or x.stride(0) == x.shape[2] * x.stride(2)
 
 
 def tiles(size: int, block: int) -> int:
@@ -148,35 +159,31 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of those of the five tensors that ``needs`` names, in their order."""
-    index = array(prompt_index)
+    index, kinds = array(prompt_index), (prompt_key.dtype, prompt_value.dtype)
     order, starts = readers(query, prompt_key, index) if needs[3] or needs[4] else (None, None)
     tensors = (
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        prompt_key,
-        prompt_value,
-        index,
-        attn_mask,
-        out,
-        lse,
-        order,
-        starts,
-    )
-    return launch(_backward, tensors, (is_causal, scale, tuple(needs)))
+        grad_out, grad_lse, query, key, value, *rounded(query, prompt_key, prompt_value), index, attn_mask, out, lse,
+        order, starts,
+    )  # fmt: skip
+    return launch(_backward, tensors, (is_causal, scale, tuple(needs), kinds))
 
 
 def _backward(
     grad_out, grad_lse, query, key, value, prompt_key, prompt_value, prompt_index, attn_mask, out, lse, order, starts,
-    is_causal, scale, needs,
+    is_causal, scale, needs, kinds,
 ):  # fmt: skip
     mask = full_mask(attn_mask, (*query.shape[:3], key.shape[2]))
     problem = Problem(query, key, value, prompt_key, prompt_value, prompt_index, mask, is_causal, scale)
-    grads = allocate(problem, needs)
+    grads = allocate(problem, needs, kinds)
     plan = plan_backward(problem, out, lse, grad_out, grad_lse, grads, order, starts)
     return [x for x in grads if x is not None], plan
+
+
+def rounded(query: Tensor, *prompts: Tensor) -> list[Tensor]:
+    """Prompts in the dtype of the query: float32 ones, rounded inside a kernel, would stay in its registers, and they
+    are less than is written for them.
+    """
+    return [x.to(query.dtype) for x in prompts]
 
 
 def array(x: Tensor | None) -> Tensor | None:
@@ -184,31 +191,31 @@ def array(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def allocate(problem: Problem, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Uninitialised gradients of the tensors in ``needs``; those of prompts are contiguous, as their sum is."""
+def allocate(
+    problem: Problem, needs: Sequence[bool], kinds: Sequence[torch.dtype | None] = (None, None)
+) -> list[Tensor | None]:
+    """Uninitialised gradients of the tensors in ``needs``; those of prompts are contiguous, as their sum is, and of
+    ``kinds`` (None: the prompts' own).
+    """
     p = problem
     grads = [torch.empty_like(x) if need else None for x, need in zip((p.query, p.key, p.value), needs, strict=False)]
-    for x, need in zip((p.prompt_key, p.prompt_value), needs[3:], strict=True):
-        grads.append(torch.empty_like(x, memory_format=torch.contiguous_format) if need else None)
+    for x, need, kind in zip((p.prompt_key, p.prompt_value), needs[3:], kinds, strict=True):
+        grads.append(torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format) if need else None)
     return grads
 
 
 def plan_forward(problem: Problem, out: Tensor, lse: Tensor) -> Launch:
     """The forward launch."""
     p = problem
-    config = p.config("forward", p.rows, max(p.keys, p.prompts))
+    config = p.config("forward", p.rows, p.keys + p.prompts)
     count, heads = tiles(p.rows, config.rows), p.query.shape[1]
     arguments = p.inputs() | {
         "out": out, "lse": lse, "so": strides(out), "sl": strides(lse),
         "heads": heads, "groups": p.groups, "tiles": count, "tq": p.rows, "tk": p.keys, "prompts": p.prompts,
         "scale": p.scale,
     }  # fmt: skip
-    constants = {"CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype), **p.dim, **_tile(config, p.prompts)}
+    constants = {**p.loops, **p.dim, "BLOCK_M": config.rows, "BLOCK_N": config.keys}
     return Launch(forward_kernel, count * heads * p.samples, arguments, constants, config)
-
-
-def _tile(config: Config, prompts: int) -> dict[str, int]:
-    return {"BLOCK_P": min(config.keys, padded(prompts)), "BLOCK_M": config.rows, "BLOCK_N": config.keys}
 
 
 def plan_backward(
@@ -227,11 +234,11 @@ def plan_backward(
     """
     p = problem
     dq, dk, dv, dpk, dpv = grads
-    delta = torch.empty_like(lse)
-    plan = []
-    if dq is not None or dk is not None or dpk is not None:
-        plan.append(plan_delta(p, out, grad_out, grad_lse, delta))
-    state = row_state(p, lse, delta, grad_out)
+    if not any(x is not None and x.numel() for x in grads):
+        return []
+    level, delta = row_numbers(lse)
+    plan = [plan_delta(p, out, grad_out, grad_lse, lse, level, delta)]
+    state = row_state(p, level, delta, grad_out)
     if dq is not None:
         plan.append(_plan_query(p, state, dq))
     if dk is not None or dv is not None:
@@ -241,34 +248,44 @@ def plan_backward(
     return plan
 
 
-def row_state(p: Problem, lse: Tensor, delta: Tensor, grad_out: Tensor) -> dict[str, object]:
+def row_numbers(lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for two numbers a row, ``[B,H,T]`` each, rows of all samples evenly spaced: level and delta."""
+    batch, heads, tq = lse.shape
+    level, delta = lse.new_empty(2, heads, batch, tq).transpose(1, 2)
+    return level, delta
+
+
+def row_state(p: Problem, level: Tensor, delta: Tensor, grad_out: Tensor) -> dict[str, object]:
     """What every kernel of the backward but `delta` reads of its rows beside the query."""
     return {
-        "grad_out": grad_out, "lse": lse, "delta": delta, "sdo": strides(grad_out), "sl": strides(lse),
+        "grad_out": grad_out, "level": level, "delta": delta, "sdo": strides(grad_out), "ss": strides(delta),
         "groups": p.groups, "scale": p.scale,
     }  # fmt: skip
 
 
-def plan_delta(p: Problem, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
-    """The launch that fills delta."""
+def plan_delta(
+    p: Problem, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor, level: Tensor, delta: Tensor
+) -> Launch:
+    """The launch that fills level and delta."""
     config = Config(rows=min(64, padded(p.rows)), keys=0, warps=4, stages=1)
     count, heads = tiles(p.rows, config.rows), p.query.shape[1]
     arguments = {
-        "out": out, "grad_out": grad_out, "grad_lse": grad_lse, "cu_seqlens": p.cu_seqlens, "delta": delta,
-        "so": strides(out), "sdo": strides(grad_out), "sdl": strides(grad_lse), "sl": strides(delta),
+        "out": out, "grad_out": grad_out, "grad_lse": grad_lse, "lse": lse, "cu_seqlens": p.cu_seqlens,
+        "level": level, "delta": delta, "so": strides(out), "sdo": strides(grad_out), "sdl": strides(grad_lse),
+        "sl": strides(lse), "ss": strides(delta),
         "heads": heads, "tiles": count, "tq": p.rows,
     }  # fmt: skip
     return Launch(delta_kernel, count * heads * p.samples, arguments, {**p.dim, "BLOCK_M": config.rows}, config)
 
 
 def _plan_query(p: Problem, state: dict, dq: Tensor) -> Launch:
-    config = p.config("query", p.rows, max(p.keys, p.prompts))
+    config = p.config("query", p.rows, p.keys + p.prompts)
     count, heads = tiles(p.rows, config.rows), p.query.shape[1]
     arguments = p.inputs() | state | {
         "grad_query": dq, "sdq": strides(dq), "heads": heads, "tiles": count, "tq": p.rows, "tk": p.keys,
         "prompts": p.prompts,
     }  # fmt: skip
-    constants = {"CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype), **p.dim, **_tile(config, p.prompts)}
+    constants = {**p.loops, **p.dim, "BLOCK_M": config.rows, "BLOCK_N": config.keys}
     return Launch(query_kernel, count * heads * p.samples, arguments, constants, config)
 
 
@@ -282,8 +299,8 @@ def _plan_key_value(p: Problem, state: dict, dk: Tensor | None, dv: Tensor | Non
         "heads_kv": heads_kv, "tiles": count, "tq": p.rows, "tk": p.keys,
     }  # fmt: skip
     constants = {
-        "NEED_K": dk is not None, "NEED_V": dv is not None, "CAUSAL": p.is_causal, "UPCAST": upcast(p.query.dtype),
-        **p.dim, "BLOCK_M": config.rows, "BLOCK_N": config.keys,
+        "NEED_K": dk is not None, "NEED_V": dv is not None, **p.loops, **p.dim,
+        "BLOCK_M": config.rows, "BLOCK_N": config.keys,
     }  # fmt: skip
     return Launch(key_value_kernel, count * heads_kv * p.samples, arguments, constants, config)
 
@@ -292,7 +309,7 @@ def plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None)
     """The launches that fill dK_p and dV_p: a share a split, and their sums."""
     bank, heads_kv, prompts, dim = p.prompt_key.shape
     rows = p.query.shape[0] * p.query.shape[2]
-    config = p.config("prompt", -(-rows // bank), prompts)
+    config = p.config("prompt", -(-rows // bank), prompts, listed=state["order"] is not None)
     count = tiles(prompts, config.keys)
     splits = max(1, min(tiles(rows, bank * config.rows), PROGRAMS // (bank * heads_kv * count)))
     shape = (splits, bank, heads_kv, prompts, dim)
@@ -305,8 +322,8 @@ def plan_prompt(p: Problem, state: dict, dpk: Tensor | None, dpv: Tensor | None)
         "rows_total": rows, "prompts": prompts,
     }  # fmt: skip
     constants = {
-        "NEED_K": dpk is not None, "NEED_V": dpv is not None, "UPCAST": upcast(p.query.dtype), **p.dim,
-        "BLOCK_M": config.rows, "BLOCK_P": config.keys,
+        "NEED_K": dpk is not None, "NEED_V": dpv is not None, "FLAT": flat(p.query) and flat(state["grad_out"]),
+        "UPCAST": upcast(p.query.dtype), **p.dim, "BLOCK_M": config.rows, "BLOCK_P": config.keys,
     }  # fmt: skip
     plan = [Launch(prompt_kernel, splits * count * heads_kv * bank, arguments, constants, config)]
     pairs = zip(work, (dpk, dpv), strict=True)

@@ -6,12 +6,13 @@ import triton.language as tl
 
 from .tiles import (
     LN2,
-    LOG2E,
     SIZES,
+    exponent,
     extent,
-    load_prompt,
+    key_spans,
+    load_keys,
     load_tile,
-    mask_scores,
+    mask_columns,
     matmul_input,
     online_softmax,
     split,
@@ -23,15 +24,18 @@ from .tiles import (
 def forward_kernel(
     query, key, value, prompt_key, prompt_value, prompt_index, mask, cu_seqlens, out, lse,
     sq, sk, sv, spk, spv, sm, so, sl, heads, groups, tiles, tq, tk, prompts, scale,
-    CAUSAL: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse of BLOCK_M rows of one head: the key loop visits prompt tiles first, then the sample's own.
+    """Output and lse of BLOCK_M rows of one head: the sample's keys, then the prompt's, are one run of columns.
 
     A shared prompt has batch stride 0 and a bank is gathered by ``prompt_index``, so nothing is copied; one online
-    softmax runs through both segments, so nothing is merged.
+    softmax runs through both, so nothing is merged. Tiles that all of the rows see whole come first, without masks.
     """
     tile, head, b = split(tl.program_id(0), tiles, heads)
+    if CAUSAL:
+        # The last rows read the most keys; what is heavy starts first.
+        tile = tiles - 1 - tile
     first, tq = extent(cu_seqlens, b, tq)
     if cu_seqlens is not None:
         tk = tq
@@ -52,31 +56,30 @@ def forward_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         live = rows < tq
         q = load_tile(query, rows, live, sq[2], sq[3], D, BLOCK_D)
-        dtype: tl.constexpr = q.dtype
         q = matmul_input(q, UPCAST)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
 
-        for p in range(0, prompts, BLOCK_P):
-            cols = p + tl.arange(0, BLOCK_P)
-            there = cols < prompts
-            k = matmul_input(load_prompt(prompt_key, cols, there, spk, dtype, D, BLOCK_D), UPCAST)
-            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2E)
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            v = matmul_input(load_prompt(prompt_value, cols, there, spv, dtype, D, BLOCK_D), UPCAST)
-            acc, peak, total = online_softmax(acc, peak, total, scores, v)
-
+        factor = exponent(scale)
         offset = tk - tq
-        end = tl.minimum(tk, start + BLOCK_M + offset) if CAUSAL else tk
-        for n in range(0, end, BLOCK_N):
+        masked: tl.constexpr = mask is not None
+        end, seen, skip, whole, ragged = key_spans(start, tk, offset, prompts, masked, CAUSAL, SPLIT, BLOCK_M, BLOCK_N)
+        if SPLIT:
+            for i in range(0, whole):
+                n = tl.where(i < seen, i, i + skip) * BLOCK_N
+                k = load_keys(key, prompt_key, n, end, prompts, sk, spk, True, D, BLOCK_D, BLOCK_N)
+                scores = tl.dot(q, matmul_input(k, UPCAST).T, input_precision="ieee")
+                v = load_keys(value, prompt_value, n, end, prompts, sv, spv, True, D, BLOCK_D, BLOCK_N)
+                acc, peak, total = online_softmax(acc, peak, total, scores, matmul_input(v, UPCAST), factor)
+        for i in range(0, ragged):
+            n = tl.where(i < skip, i + seen, i + whole) * BLOCK_N
+            k = load_keys(key, prompt_key, n, end, prompts, sk, spk, False, D, BLOCK_D, BLOCK_N)
+            scores = tl.dot(q, matmul_input(k, UPCAST).T, input_precision="ieee") * factor
             cols = n + tl.arange(0, BLOCK_N)
-            there = cols < tk
-            k = matmul_input(load_tile(key, cols, there, sk[2], sk[3], D, BLOCK_D), UPCAST)
-            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2E)
-            scores = mask_scores(scores, mask, sm, rows[:, None], cols[None, :], live[:, None], tk, offset, CAUSAL)
-            v = matmul_input(load_tile(value, cols, there, sv[2], sv[3], D, BLOCK_D), UPCAST)
-            acc, peak, total = online_softmax(acc, peak, total, scores, v)
+            scores = mask_columns(scores, mask, sm, rows, cols, live, end, prompts, offset, CAUSAL)
+            v = load_keys(value, prompt_value, n, end, prompts, sv, spv, False, D, BLOCK_D, BLOCK_N)
+            acc, peak, total = online_softmax(acc, peak, total, scores, matmul_input(v, UPCAST))
 
         empty = total == 0.0
         acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .launch import launch
-from .prompt_attention import Problem, allocate, array, plan_backward, plan_forward, readers
+from .prompt_attention import Problem, allocate, array, plan_backward, plan_forward, readers, rounded
 
 
 def _view(x: Tensor) -> Tensor:
@@ -71,22 +71,23 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of those of the five tensors that ``needs`` names, in their order."""
-    ends, index = array(cu_seqlens), array(prompt_index)
+    ends, index, kinds = array(cu_seqlens), array(prompt_index), (prompt_key.dtype, prompt_value.dtype)
     order, starts = readers(_view(query), prompt_key, index, ends) if needs[3] or needs[4] else (None, None)
     tensors = (
-        grad_out, grad_lse, query, key, value, prompt_key, prompt_value, ends, index, out, lse, order, starts
+        grad_out, grad_lse, query, key, value, *rounded(query, prompt_key, prompt_value), ends, index, out, lse, order,
+        starts,
     )  # fmt: skip
-    return launch(_backward, tensors, (max_seqlen, is_causal, scale, tuple(needs)))
+    return launch(_backward, tensors, (max_seqlen, is_causal, scale, tuple(needs), kinds))
 
 
 def _backward(
     grad_out, grad_lse, query, key, value, prompt_key, prompt_value, cu_seqlens, prompt_index, out, lse, order, starts,
-    max_seqlen, is_causal, scale, needs,
+    max_seqlen, is_causal, scale, needs, kinds,
 ):  # fmt: skip
     problem = _problem(
         query, key, value, prompt_key, prompt_value, cu_seqlens, prompt_index, max_seqlen, is_causal, scale
     )
-    grads = allocate(problem, needs)
+    grads = allocate(problem, needs, kinds)
     states = (_view(out), _view(lse), _view(grad_out), None if grad_lse is None else _view(grad_lse))
     plan = plan_backward(problem, *states, grads, order, starts)
     instance = [x if x is None else x.squeeze(0).transpose(0, 1) for x in grads[:3]]

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, launch, upcast
-from .prompt_attention import Problem, allocate, array, plan_delta, plan_prompt, readers, row_state, strides, tiles
+from .prompt_attention import (
+    Problem,
+    allocate,
+    array,
+    plan_delta,
+    plan_prompt,
+    readers,
+    rounded,
+    row_numbers,
+    row_state,
+    strides,
+    tiles,
+)
 from .tiles import (
     LN2,
     LOG2E,
@@ -74,11 +85,11 @@ def prompt_forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def prompt_query_kernel(
-    query, prompt_key, prompt_value, prompt_index, out, grad_out, lse, delta, grad_query,
-    sq, spk, spv, so, sdo, sl, sdq, heads, groups, tiles, tq, prompts, scale,
+    query, prompt_key, prompt_value, prompt_index, out, grad_out, lse, level, delta, grad_query,
+    sq, spk, spv, so, sdo, sl, ss, sdq, heads, groups, tiles, tq, prompts, scale,
     UPCAST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add the prompt's part to dQ of BLOCK_M rows of one head, and write their delta = rowsum(dO * O)."""
+    """Add the prompt's part to dQ of BLOCK_M rows of one head, and write their delta = rowsum(dO * O), and level."""
     tile, head, b = split(tl.program_id(0), tiles, heads)
     g = b if prompt_index is None else tl.load(prompt_index + b)
     kv = head // groups
@@ -86,7 +97,7 @@ def prompt_query_kernel(
     out += b * so[0] + head * so[1]
     grad_out += b * sdo[0] + head * sdo[1]
     grad_query += b * sdq[0] + head * sdq[1]
-    state = b * sl[0] + head * sl[1]
+    lse += b * sl[0] + head * sl[1]
     prompt_key += g * spk[0] + kv * spk[1]
     prompt_value += g * spv[0] + kv * spv[1]
 
@@ -98,9 +109,11 @@ def prompt_query_kernel(
     do = load_tile(grad_out, rows, live, sdo[2], sdo[3], D, BLOCK_D)
     o = load_tile(out, rows, live, so[2], so[3], D, BLOCK_D)
     base = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + state + rows.to(tl.int64) * sl[2], base, mask=live)
+    shift = safe_lse(load_rows(lse, rows, live, sl[2], 0.0))
+    state = b * ss[0] + head * ss[1] + rows.to(tl.int64) * ss[2]
+    tl.store(delta + state, base, mask=live)
+    tl.store(level + state, shift, mask=live)
     do = matmul_input(do, UPCAST)
-    level = safe_lse(load_rows(lse + state, rows, live, sl[2], float("-inf")))[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for p in range(0, prompts, BLOCK_P):
         cols = p + tl.arange(0, BLOCK_P)
@@ -109,7 +122,7 @@ def prompt_query_kernel(
         v = matmul_input(load_prompt(prompt_value, cols, there, spv, dtype, D, BLOCK_D), UPCAST)
         scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2E)
         # Keys past the end are zero, but the weight of a zero score may be infinite.
-        weight = tl.exp2(tl.where(there[None, :], scores, float("-inf")) - level)
+        weight = tl.exp2(tl.where(there[None, :], scores, float("-inf")) - shift[:, None])
         ds = weight * (tl.dot(do, v.T, input_precision="ieee") - base[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     # The sum, not the part, is what is rounded last.
@@ -159,17 +172,19 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Add the prompt's part to ``dq``, if it is there; returns those gradients of both prompts that ``needs`` names."""
-    index = array(prompt_index)
+    index, kinds = array(prompt_index), (prompt_key.dtype, prompt_value.dtype)
     order, starts = readers(query, prompt_key, index) if any(needs) else (None, None)
-    tensors = (grad_out, query, key, value, prompt_key, prompt_value, index, out, lse, dq, order, starts)
-    return launch(_backward, tensors, (scale, tuple(needs)))
+    prompts = rounded(query, prompt_key, prompt_value)
+    tensors = (grad_out, query, key, value, *prompts, index, out, lse, dq, order, starts)
+    return launch(_backward, tensors, (scale, tuple(needs), kinds))
 
 
 def _backward(
-    grad_out, query, key, value, prompt_key, prompt_value, prompt_index, out, lse, dq, order, starts, scale, needs
+    grad_out, query, key, value, prompt_key, prompt_value, prompt_index, out, lse, dq, order, starts, scale, needs,
+    kinds,
 ):  # fmt: skip
     problem = Problem(query, key, value, prompt_key, prompt_value, prompt_index, None, False, scale)
-    grads = allocate(problem, (False, False, False, *needs))
+    grads = allocate(problem, (False, False, False, *needs), kinds)
     plan = plan_backward(problem, out, lse, grad_out, (dq, *grads[3:]), order, starts) if problem.prompts else []
     return [x for x in grads if x is not None], plan
 
@@ -194,14 +209,21 @@ def plan_backward(
     ``order`` and ``starts`` are what `readers` gives.
     """
     p, (dq, dpk, dpv) = problem, grads
-    delta = torch.empty_like(lse)
-    state = row_state(p, lse, delta, grad_out)
+    level, delta = row_numbers(lse)
+    state = row_state(p, level, delta, grad_out)
     plan = []
     if dq is not None:
-        arguments = {"out": out, "so": strides(out), "grad_query": dq, "sdq": strides(dq)}
+        arguments = {
+            "out": out,
+            "lse": lse,
+            "so": strides(out),
+            "sl": strides(lse),
+            "grad_query": dq,
+            "sdq": strides(dq),
+        }
         plan.append(_plan(prompt_query_kernel, "query", p, state | arguments))
-    elif dpk is not None:
-        plan.append(plan_delta(p, out, grad_out, None, delta))
+    elif dpk is not None or dpv is not None:
+        plan.append(plan_delta(p, out, grad_out, None, lse, level, delta))
     if dpk is not None or dpv is not None:
         plan += plan_prompt(p, state | {"order": order, "starts": starts}, dpk, dpv)
     return plan

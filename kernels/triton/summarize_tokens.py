@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import Config, padded
-from .diffuse_prompts import plan_columns
+from .diffuse_prompts import pitch, plan_columns
 from .launch import Launch, launch, upcast
 from .prompt_attention import tiles
 from .summarize_tokens_kernels import summarize_kernel, summarize_slopes_kernel, summarize_tokens_kernel
@@ -105,13 +105,13 @@ def plan_backward(
     """
     batch, tokens, width = p.x.shape
     columns = min(COLUMNS[p.x.element_size()], padded(width))
-    slope = p.x.new_empty(p.rows, p.summaries)
+    slope = p.x.new_empty(p.rows, pitch(p.summaries))
     weight = None if dx is None else torch.empty_like(slope)
     config = p.config("summarize_slopes")
     count, row_tiles = tiles(tokens, config.keys), tiles(p.summaries, config.rows)
     arguments = p.inputs() | {
         "x": p.x, "out": out, "grad_out": grad_out, "lse": lse, "kept_weight": weight, "kept_slope": slope,
-        "sx": p.x.stride(), "so": out.stride(), "sdo": grad_out.stride(), "sl": lse.stride(),
+        "pitch": slope.shape[1], "sx": p.x.stride(), "so": out.stride(), "sdo": grad_out.stride(), "sl": lse.stride(),
         "tiles": count, "row_tiles": row_tiles, "scale": p.scale,
     }  # fmt: skip
     constants = p.constants(config, columns)
@@ -122,7 +122,7 @@ def plan_backward(
         config = p.config("summarize_tokens")
         count, column_tiles = tiles(tokens, config.keys), tiles(width, columns)
         arguments = p.inputs() | {
-            "grad_out": grad_out, "kept_weight": weight, "kept_slope": slope, "grad_x": dx,
+            "grad_out": grad_out, "kept_weight": weight, "kept_slope": slope, "grad_x": dx, "pitch": slope.shape[1],
             "sdo": grad_out.stride(), "sdx": dx.stride(), "tiles": count, "column_tiles": column_tiles,
         }  # fmt: skip
         constants = p.constants(config, columns)

@@ -50,8 +50,8 @@ def summarize_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def summarize_slopes_kernel(
-    selectors, x, out, grad_out, lse, kept_weight, kept_slope, sx, so, sdo, sl, summaries, rows_total, tokens, tiles,
-    row_tiles, scale,
+    selectors, x, out, grad_out, lse, kept_weight, kept_slope, sx, so, sdo, sl, summaries, rows_total, pitch, tokens,
+    tiles, row_tiles, scale,
     UPCAST: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Weights P and slopes dS of BLOCK_N tokens of a sample and BLOCK_M rows, for the sums over either."""
@@ -76,9 +76,10 @@ def summarize_slopes_kernel(
         delta += tl.sum(do.to(tl.float32) * own.to(tl.float32), 1)
     level = safe_lse(tl.load(lse + rows_at(rows, b, summaries, sl), mask=live, other=float("-inf")))
     weight = tl.exp2(scores * (scale * LOG2E) - level[None, :])
-    kept = (b * tokens + cols) * rows_total
+    # Up to the pitch, whose numbers past the last row are 0.
+    kept = (b * tokens + cols) * pitch
     address = kept[:, None] + rows[None, :]
-    inside = there[:, None] & live[None, :]
+    inside = there[:, None] & (rows < pitch)[None, :]
     if kept_weight is not None:
         tl.store(kept_weight + address, weight.to(dtype), mask=inside)
     tl.store(kept_slope + address, (scale * weight * (slope - delta[None, :])).to(dtype), mask=inside)
@@ -86,7 +87,8 @@ def summarize_slopes_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def summarize_tokens_kernel(
-    selectors, grad_out, kept_weight, kept_slope, grad_x, sdo, sdx, summaries, rows_total, tokens, tiles, column_tiles,
+    selectors, grad_out, kept_weight, kept_slope, grad_x, sdo, sdx, summaries, rows_total, pitch, tokens, tiles,
+    column_tiles,
     UPCAST: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C columns of the gradient dx of BLOCK_N tokens of one sample: loops over the rows of all tasks."""
@@ -95,16 +97,16 @@ def summarize_tokens_kernel(
     cols = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     start = (pid // tiles) % column_tiles * BLOCK_C
     there = cols < tokens
-    kept = (b * tokens + cols) * rows_total
+    kept = (b * tokens + cols) * pitch
     dtype: tl.constexpr = kept_slope.dtype.element_ty
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for m in range(0, rows_total, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         live = rows < rows_total
         sel = load_columns(selectors, rows.to(tl.int64) * C, live, start, 1, C, BLOCK_C).to(dtype)
-        slope = load_columns(kept_slope, kept, there, m, 1, rows_total, BLOCK_M)
+        slope = load_columns(kept_slope, kept, there, m, 1, pitch, BLOCK_M)
         acc = tl.dot(matmul_input(slope, UPCAST), matmul_input(sel, UPCAST), acc, input_precision="ieee")
         do = load_columns(grad_out, rows_at(rows, b, summaries, sdo), live, start, sdo[3], C, BLOCK_C)
-        weight = load_columns(kept_weight, kept, there, m, 1, rows_total, BLOCK_M)
+        weight = load_columns(kept_weight, kept, there, m, 1, pitch, BLOCK_M)
         acc = tl.dot(matmul_input(weight, UPCAST), matmul_input(do, UPCAST), acc, input_precision="ieee")
     store_columns(grad_x, acc, b * sdx[0] + cols.to(tl.int64) * sdx[1], there, start, sdx[2], C, BLOCK_C)
