@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import fastprompt
 from fastprompt.errors import ImplUnavailableError
+from fastprompt.kernels import key_scores as launcher
 from fastprompt.ops import key_scores, prompt_attention
 from fastprompt.ops.cpp import extension
 from fastprompt.ops.dispatch import HEAD_SIZES
@@ -94,6 +95,18 @@ def check(inputs, impl, **kwargs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_matrix(impl, dtype):
     check(make(dtype), impl)
+
+
+@pytest.mark.parametrize("group_reduce", ["mean", "sum", "max"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_programs_that_share_the_query_heads_of_a_key_head(group_reduce, is_causal):
+    """Few long key heads: every query head, or two of five, is a program's; their shares are added in order."""
+    inputs = make(batch=1, heads=3, heads_kv=1, tq=256, tk=24, is_causal=is_causal)
+    assert len(launcher.allocate(*inputs[:2], 0)) == 3 and len(launcher.allocate(*inputs[:2], 200)) == 1
+    wide = [torch.empty(44, n, 256, 16, device="meta") for n in (5, 1)]
+    assert len(launcher.allocate(*wide, 0)) == 3
+    kwargs = {"is_causal": is_causal, "normalize": "visible", "group_reduce": group_reduce}
+    assert torch.equal(check(inputs, "triton", **kwargs), check(inputs, "triton", **kwargs))
 
 
 @pytest.mark.parametrize("impl", IMPLS[:2])
