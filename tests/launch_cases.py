@@ -16,7 +16,7 @@ import triton
 
 from bench import stand_in
 from bench.resources import source
-from fastprompt.kernels import configs
+from fastprompt.kernels import configs, prompt_part
 from fastprompt.kernels.launch import Plan, Step
 from fastprompt.ops import (
     compress_kv,
@@ -74,6 +74,11 @@ def cases():
         masks = [None, spatial]
         return decoupled_attention(query, [a, b], [c, d], [0.5, weight], attn_masks=masks, is_causal=[True, False])
 
+    def behind_a_library():
+        q, *others = attention(bank=1)
+        out, merged = prompt_part.forward(q, *others, None, q, lse, 0.125)
+        prompt_part.backward(q, q, *others, None, out, merged, torch.zeros_like(q), 0.125, [True, True])
+
     return {
         "plain": lambda: both(prompt_attention, attention()),
         "lse": lambda: both(lambda *x: prompt_attention(*x, return_lse=True), attention()),
@@ -100,6 +105,7 @@ def cases():
         "summaries": lambda: both(summarize_tokens, [torch.zeros(3, 10, width), wide[0]]),
         "scores": lambda: key_scores(q, k, lse),
         "scores, masked": lambda: key_scores(q, k, lse, query_mask=valid, key_mask=valid, normalize="visible"),
+        "behind a library": behind_a_library,
         "compressed": lambda: compress_kv(k, v, lse, 64, merge="pivot"),
     }
 

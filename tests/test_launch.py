@@ -56,7 +56,7 @@ def test_a_call_like_one_before_compiles_nothing(found):
 #: How often a kernel is compiled for the 48 + 8 shapes of `launch_cases.shapes`. Strides of lse are multiples of 16 or
 #: are not, in three ways; prompts fill one of two tiles; lengths of two branches are multiples of 16 or are not.
 MOST_FORMS = {
-    "forward_kernel": 6, "query_kernel": 6, "prompt_kernel": 6, "delta_kernel": 3, "key_value_kernel": 3,
+    "forward_kernel": 3, "query_kernel": 2, "prompt_kernel": 4, "delta_kernel": 4, "key_value_kernel": 2,
     "reduce_kernel": 1, "branches_kernel": 4, "branches_query_kernel": 4, "branch_kernel": 3,
 }  # fmt: skip
 

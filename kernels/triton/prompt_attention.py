@@ -251,7 +251,9 @@ def plan_backward(
 def row_numbers(lse: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for two numbers a row, ``[B,H,T]`` each, rows of all samples evenly spaced: level and delta."""
     batch, heads, tq = lse.shape
-    level, delta = lse.new_empty(2, heads, batch, tq).transpose(1, 2)
+    # Heads begin at multiples of 16 numbers, as Triton compiles for.
+    memory = lse.new_empty(2, heads, 16 * tiles(batch * tq, 16))
+    level, delta = memory[:, :, : batch * tq].unflatten(2, (batch, tq)).transpose(1, 2)
     return level, delta
 
 
