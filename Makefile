@@ -53,9 +53,10 @@ SANITIZER := compute-sanitizer --error-exitcode 1
 sanitize-gpu: installed
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer: not on the PATH; it comes with the CUDA \
 	toolkit (/usr/local/cuda/bin)" >&2; exit 1; }
-	for tool in memcheck racecheck initcheck; do \
+	failed=; for tool in memcheck racecheck initcheck; do \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=0 \
-	tests/test_sanitized.py $(PYTEST_ARGS) || exit 1; done
+	tests/test_sanitized.py $(PYTEST_ARGS) || failed="$$failed $$tool"; done; \
+	test -z "$$failed" || { echo "compute-sanitizer: failed in$$failed" >&2; exit 1; }
 
 # Into bench/results/GPU-DATE.jsonl: ceilings, a sample of the tests, what bench/targets.py aims at, then all tests and
 # cases. MINUTES=8 stops there (exit status 75), and the same command goes on; CASES="decode ..." measures these alone.

@@ -45,17 +45,18 @@ def run(name: str, *arguments: str, told: list[dict[str, Any]] | None = None) ->
     receive, send = FORKS.Pipe(duplex=False)
     child = start(_main, name, arguments, send)
     send.close()
-    while True:
-        if not receive.poll(PATIENCE):
-            print(f"{name}: nothing for {PATIENCE} seconds; ended", file=sys.stderr)
-            child.kill()
-            break
-        try:
+    try:
+        while receive.poll(PATIENCE):
             message = receive.recv()
-        except EOFError:  # it is over
-            break
-        if told is not None:
-            told.append(message)
+            if told is not None:
+                told.append(message)
+        print(f"{name}: nothing for {PATIENCE} seconds; ended", file=sys.stderr)
+        child.kill()
+    except EOFError:  # it is over
+        pass
+    except BaseException:  # so is this process
+        child.kill()
+        raise
     child.join()
     return child.exitcode or 0
 

@@ -63,7 +63,7 @@ def interleave(
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     failed: dict[str, str] = {}
-    for r in trange(-warmup, rounds, desc="rounds", leave=False):
+    for r in trange(-warmup, rounds, desc="rounds", leave=False, disable=None):
         for i in range(len(names)):
             name = names[(i + r) % len(names)]
             if name in failed:

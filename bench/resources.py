@@ -214,10 +214,11 @@ def _diffuse_plans(activation: str, dtype: torch.dtype, prompts: int) -> list[La
         return torch.empty(shape, dtype=kind, device="meta")
 
     x, base, out, grad_out, dx, dbase = (tensor(batch, tokens, width, kind=dtype) for _ in range(6))
-    learned = [tensor(prompts, width) for _ in range(4)]
-    problem = diffuse_prompts.Problem(x, base, *learned[:2], tensor(), activation, "rowmax")
+    # Launchers round prompts and keys; their gradients stay float32.
+    learned, grads = ([tensor(prompts, width, kind=kind) for _ in range(2)] for kind in (dtype, torch.float32))
+    problem = diffuse_prompts.Problem(x, base, *learned, tensor(), activation, "rowmax")
     partial = diffuse_prompts.allocate_partial(problem)
-    plan = diffuse_prompts.plan_backward(problem, grad_out, [dx, dbase, *learned[2:]], partial)
+    plan = diffuse_prompts.plan_backward(problem, grad_out, [dx, dbase, *grads], partial)
     plan.insert(0, diffuse_prompts.plan_forward(problem, out))
     return list({launch.kernel.__name__: launch for launch in plan}.values())
 

@@ -35,8 +35,8 @@ def read(file: Path) -> list[Row]:
 def append(file: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Add lines to a results file, all in one write: a run that is cut off leaves whole groups of rows."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.write("".join(json.dumps(line) + "\n" for line in lines))
+    with file.open("ab", buffering=0) as out:  # a buffer would write some kilobytes at a time
+        out.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def holding(file: Path, name: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -311,6 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     if file is None:
         return run(steps(args.device, args.cases, None), args.minutes)
     file = file.resolve()  # what is run has another folder
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `timeout` leaves a page, too
     try:
         status = run(steps(args.device, args.cases, file), args.minutes)
     finally:

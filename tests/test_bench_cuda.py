@@ -4,11 +4,13 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from bench_cases import TINY
+from library_cases import stand_ins
 from pretend_cuda import NAME, Event, pretend_cuda
 from test_suite import rows_of_a_gpu
 from test_warmup import SHAPE, shipped  # noqa: F401
@@ -34,6 +36,8 @@ SMALLER = {
 #: These run kernels; steps made of them take the reference, whose values are the same.
 WITH_KERNELS = ("compress_kv", "decoupled_attention", "diffuse_prompts", "key_scores", "prompt_attention",
                 "prompt_attention_varlen", "prompt_bank", "summarize_tokens")  # fmt: skip
+#: These time what leaves the instance keys to one of PyTorch's CUDA kernels.
+WITH_LIBRARIES = ("key_scores", "prompt_attention")
 ON_A_GPU = sorted(set(names()) - {"cpu_candidates", "prefill_kvpress"})
 
 
@@ -64,7 +68,8 @@ def small_clock(self):
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_every_case_runs_on_a_gpu(name, tmp_path):
     file = tmp_path / "a.jsonl"
-    with pretend_cuda(kernels=name in WITH_KERNELS):
+    libraries = stand_ins() if name in WITH_LIBRARIES else nullcontext()
+    with pretend_cuda(kernels=name in WITH_KERNELS), libraries:
         assert run.main([name, "--device", "cuda", "--rounds", "1", "--json", str(file), "--set", *tiny(name)]) == 0
     found = {r["provider"]: r for r in rows.read(file)}
     ours = [r for n, r in found.items() if n.split("/")[0] not in ("floor", "stream") and "p50_s" in r]
@@ -273,6 +278,16 @@ def test_forks_tell_what_they_do_and_how_they_end(monkeypatch, tmp_path):
     assert [forks.run("forked", a) for a in ("", "killed", "raises")] == [3, -signal.SIGKILL, forks.CRASHED]
     monkeypatch.setattr(forks, "PATIENCE", 0.5)
     assert forks.run("forked", "silent") == -signal.SIGKILL
+    monkeypatch.setattr(forks, "PATIENCE", 20)
+    before = signal.signal(signal.SIGUSR1, lambda *args: sys.exit(1))
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    with pytest.raises(SystemExit):
+        forks.run("forked", "silent")
+    signal.signal(signal.SIGUSR1, before)
+    for child in multiprocessing.active_children():
+        child.join(10)
+    assert not multiprocessing.active_children()  # it does not outlive who asked for it
     assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
 
 

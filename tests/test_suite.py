@@ -2,6 +2,8 @@
 """The run of all cases, on a CPU with tiny ones: in order, resumed, cut off; and the pages and tables of GPUs."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -89,6 +91,17 @@ def test_a_case_that_was_cut_off_goes_on_where_it_stopped(here, tiny, tmp_path, 
     assert "*Not measured*: `ipadapter`" in file.with_suffix(".md").read_text()
     assert suite.main(["--json", str(file), "compress_kv"]) == 0
     assert count == ["drop", "pivot", "pivot"] and {s["merge"] for s in sets(file)[1:]} == {"drop", "pivot"}
+
+
+def test_a_run_that_is_told_to_end_leaves_its_page(here, tiny, tmp_path, monkeypatch):
+    file, before = tmp_path / "abacus-2026-01-02.jsonl", signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run, "measure", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            suite.main(["--json", str(file), "compress_kv"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "*Not measured*: `compress_kv`" in file.with_suffix(".md").read_text()
 
 
 def test_when_time_is_up_the_status_says_to_go_on(here, tiny, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from fastprompt.errors import ImplUnavailableError
 from fastprompt.kernels import configs
 from fastprompt.kernels.candidates import candidates
 from fastprompt.ops import dispatch, key_scores
+from fastprompt.ops.cuda import wins
 from fastprompt.warmup import Shape, _steps, tune, warmup
 
 SHAPE = Shape(batch=1, heads=2, heads_kv=1, tokens=5, head_dim=16, prompts=3, dtype=torch.float32)
@@ -34,7 +35,11 @@ def test_every_kernel_runs_once(launched):
     warmup(SHAPE, TRITON_DEVICE)
     source = "".join(path.read_text() for path in Path(configs.__file__).parent.glob("*.py"))
     seen = {x.kernel.__name__ for x in launched}
-    assert seen == set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
+    # The prompt's part is launched where a library was measured to win: nowhere yet.
+    assert not wins.WINS
+    assert seen | {"prompt_forward_kernel", "prompt_query_kernel"} == set(
+        re.findall(r"^def (\w+_kernel)\(", source, re.M)
+    )
 
 
 def test_keys_are_scored_and_merged_in_the_variants_of_a_cache(monkeypatch, launched):
