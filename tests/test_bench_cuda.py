@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmark and `fastprompt warmup` do on a GPU, on a pretended one: every case, the suite, its clock."""
 
+import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
