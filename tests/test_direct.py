@@ -98,6 +98,21 @@ def test_subclasses_and_function_modes_reach_it(registered):
     assert len(registered) == 2
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_memory_that_holds_the_negative_reaches_it(name):
+    """The imaginary part of a conjugate is a plain tensor whose memory has the other sign."""
+    op, inputs = CASES[name][0], CASES[name][1]()
+    negative = [torch.complex(torch.zeros_like(x), -x).conj().imag for x in inputs]
+    assert all(x.is_neg() for x in negative)
+    needs = [True] * len(inputs)
+    leaves = [x.detach().requires_grad_() for x in negative]
+    out = op(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    found = [*outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs])]
+    for a, b in zip(found, both(op, inputs, needs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_second_derivatives_are_refused():
     inputs = [x.requires_grad_() for x in make(torch.float32)]
     grad = torch.autograd.grad(prompt_attention(*inputs).sum(), inputs[0], create_graph=True)[0]

@@ -44,7 +44,7 @@ class Direct:
         if torch.compiler.is_compiling() or _watched():
             return self.operation(*args)
         tensors, layout = _apart(args)
-        if not PLAIN.issuperset(map(type, tensors)):
+        if not _plain(tensors):
             return self.operation(*args)
         if self.function is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
             return self.forward(*args)
@@ -55,13 +55,16 @@ class Direct:
 
 def run_backward(operation: Callable, launcher: Callable, *args: Any) -> Any:
     """What ``operation(*args)`` gives, by its launcher where nobody sees it; under ``create_graph`` autograd does."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched() or not _plain(_apart(args)[0]):
         return operation(*args)
-    for x in args:
-        # What was saved beside a gradient is of its type: lists are not looked into.
-        if isinstance(x, Tensor) and type(x) not in PLAIN:
-            return operation(*args)
     return launcher(*args)
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether memory holds what the tensors say: of ``z.conj().imag`` it holds the negative, which PyTorch's dispatcher
+    resolves.
+    """
+    return PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def _watched() -> bool:
