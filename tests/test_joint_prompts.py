@@ -193,6 +193,16 @@ def test_layers_that_are_more_than_their_weights_project_their_own(change):
     assert not joint.taken
 
 
+def test_shards_are_not_stacked():
+    """Between two forwards of a sharded layer its weights are parameters of one dimension, or of nothing."""
+    model, _, joint = attached()
+    for layer in model.layers:
+        linear = layer.attention.k_proj
+        linear.weight = nn.Parameter(linear.weight.detach().flatten()[:8], requires_grad=False)
+    joint.begin()
+    assert not joint._shares
+
+
 def test_norms_of_queries_and_keys_are_left_to_the_layer():
     model, _, joint = attached("InternVLVision, qk norm")
     step(model, prompts_of(model))

@@ -97,12 +97,13 @@ class Projections:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module does what its class says, with frozen weights that are there."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
-    # Anything but a plain tensor is quantised, sharded or offloaded.
+    shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else module.normalized_shape
+    # Anything but a plain tensor is quantised, sharded or offloaded; of a sharded one, what is there has another shape.
     there = all(
-        type(p) is nn.Parameter and p.is_floating_point() and not (p.requires_grad or p.is_meta)
-        for p in module.parameters()
+        x is None or (type(x) is nn.Parameter and x.is_floating_point() and not (x.requires_grad or x.is_meta))
+        for x in (module.weight, module.bias)
     )
-    return there and not hooked
+    return there and not hooked and (module.weight is None or module.weight.shape == shape)
 
 
 class Missing(Exception):
