@@ -93,14 +93,16 @@ def of_roofline(least: float) -> Callable[[Group, Ceilings], Figure | None]:
 
 
 def of_copy(least: float) -> Callable[[Group, Ceilings], Figure | None]:
-    """The share of a copy's bandwidth."""
+    """The share of a copy's bandwidth, and of what bounds it where that is its products."""
 
     def figure(group: Group, found: Ceilings) -> Figure | None:
         ours = _ours(group)
         if ours is None or "copy" not in found:
             return None
         part = ours["bytes"] / ours["p50_s"] / found["copy"]
-        return Figure(f"{100 * part:.0f} %", part >= least)
+        name, nearer = share(ours, found) or ("copy", part)
+        bound = f", {100 * nearer:.0f} % of its bound ({name})" if name != "copy" else ""
+        return Figure(f"{100 * part:.0f} %{bound}", part >= least)
 
     return figure
 

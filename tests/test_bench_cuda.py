@@ -335,6 +335,9 @@ def test_targets_have_their_figures():
     for figure in ("+4.0 % | no", "13.0x in time, 11.0x in memory | yes", "65 % | yes", "40 % | no",
                    "1.40x, 0.10 of the bytes' bound | no"):  # fmt: skip
         assert f"| {figure} |" in text
+    (products,) = of("compress_kv", {"dtype": "bfloat16"}, ("fastprompt", 0.25, 1))
+    figure = targets.of_copy(0.5)({"fastprompt": products | {"bytes": 10**10}}, found)
+    assert figure == ("4 %, 40 % of its bound (product)", False)
 
 
 def test_warmup_on_a_gpu(shipped, capsys):  # noqa: F811
