@@ -368,13 +368,8 @@ def table(rows: list[tuple[Job, Usage]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compile the matrix; exit code 1 if the gate forbids something."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        default=["plain", "library", "cache", "branches", "diffuse", "summaries"],
-        choices=VARIANTS,
-        help="[%(default)s]",
-    )
+    shown = ["plain", "library", "cache", "branches", "diffuse", "summaries"]
+    parser.add_argument("--variants", nargs="+", default=shown, choices=VARIANTS, help="[%(default)s]")
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES, help="[%(default)s]")
     parser.add_argument("--dims", nargs="+", type=int, default=list(SHOWN), help="[%(default)s]")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
@@ -386,9 +381,8 @@ def main(argv: list[str] | None = None) -> int:
     same = distinct(todo)
     unique = list(dict.fromkeys(same.values()))
     with ProcessPoolExecutor(args.workers) as pool:
-        usages = dict(
-            zip(unique, tqdm(pool.map(compile_job, unique), "compile", len(unique), leave=False), strict=True)
-        )
+        compiled = tqdm(pool.map(compile_job, unique), "compile", len(unique), leave=False)
+        usages = dict(zip(unique, compiled, strict=True))
     rows = [(job, usages[same[job]]) for job in todo]
     if args.json:
         args.json.write_text("".join(json.dumps({**j._asdict(), **u._asdict()}) + "\n" for j, u in rows))

@@ -141,6 +141,9 @@ TESTS = (
 )  # fmt: skip
 #: These first, with so many of every test and dtype: every kernel against the oracle, in a minute.
 PER_DTYPE = 1
+#: All of them, in one go; most of it is Triton compiling what each process needs. Not begun with less time than that.
+MATRIX = "every test"
+MATRIX_MINUTES = 5.0
 #: At a time, where each takes memory of the GPU.
 PROCESSES = min(os.cpu_count() or 1, 12)
 #: Minutes that compiling ahead takes at most.
@@ -161,9 +164,8 @@ def steps(device: str, cases: list[str], file: Path | None) -> Iterator[Step]:
     if tested and SAMPLE not in _tests(tested):
         yield SAMPLE, partial(run_tests, tested, device, SAMPLE, [f"--sample={PER_DTYPE}", *map(_path, TESTS)])
     yield from _measured(first(device), device, cases, file)
-    for name in TESTS:
-        if tested and name not in _tests(tested):
-            yield name, partial(run_tests, tested, device, name, [_path(name)])
+    if tested and MATRIX not in _tests(tested):
+        yield MATRIX, partial(run_tests, tested, device, MATRIX, [*map(_path, TESTS)], least=MATRIX_MINUTES)
     yield from _measured(rest(device), device, cases, file)
 
 
@@ -200,8 +202,10 @@ def run_ceilings(file: Path, device: str, minutes: float) -> int:
     return _start(device)("bench.roofline", "--device", device, "--json", str(file))
 
 
-def run_tests(file: Path, device: str, name: str, arguments: list[str], minutes: float) -> int:
-    """Run tests, to their end, and add what came out under a name."""
+def run_tests(file: Path, device: str, name: str, arguments: list[str], minutes: float, least: float = 0.0) -> int:
+    """Run tests, to their end, where at least so many minutes are left, and add what came out under a name."""
+    if minutes < least:
+        return GO_ON
     workers = ["-n", str(PROCESSES)] if find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         status = module("pytest", "-q", *arguments, f"--junitxml={folder}/found.xml", *workers)

@@ -73,8 +73,9 @@ class JointPrompts(Joint[LayerPrompt, tuple[Tensor, Tensor]]):
     """Keys and values ``[Hkv,P,D]`` of the prompts of many layers, where a step computes them anew.
 
     ``K_p, V_p = W_kv norm(p)`` of L layers are one stack of rows ``[L,P,C]``, one norm and one batched product with the
-    layers' frozen weights, of which a stacked copy is kept (``2 L Hkv D C`` numbers) until one of them changes. Layers
-    that are more than a layer norm and linear projections, or differ in shape, compute their own.
+    layers' frozen weights, of which a stacked copy is kept (``2 L Hkv D C`` numbers) until one of them changes (a write
+    through ``.data`` goes unseen). Layers that are more than a layer norm and linear projections, or differ in shape,
+    compute their own.
 
     Args:
         prompts: In layer order; those whose rows run as tokens are left out.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastprompt.ops.layouts import like
+from fastprompt.ops.layouts import like, plain_strides
 
 _aten = torch.ops.aten
 
@@ -130,7 +130,18 @@ def _efficient_backward(
     lse = pad(lse, (0, -query.shape[2] % ALIGNED), value=torch.inf)
     rng = query.new_empty((), dtype=torch.int64), query.new_empty((), dtype=torch.int64)
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        grad_out, query, key, value, None, out, lse, *rng, 0.0, [True, True, True, False], is_causal, scale=scale
+        plain_strides(grad_out),
+        query,
+        key,
+        value,
+        None,
+        out,
+        lse,
+        *rng,
+        0.0,
+        [True, True, True, False],
+        is_causal,
+        scale=scale,
     )
     return dq, dk, dv
 
