@@ -58,7 +58,7 @@ class Joint(Generic[Member, Share]):
 
     def share(self, member: Member) -> Share | None:
         """What a member is to read, None where it is to compute its own."""
-        # Without gradients this may be a layer that runs again with them, on its own: what is kept for such is exact.
+        # Without gradients this may be a layer that runs again with them: it must not count as one that has read.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or member not in self._shares:
             return None
         # A layer that runs again must read what it read, or it saves other tensors than the first time.

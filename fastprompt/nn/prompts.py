@@ -83,9 +83,11 @@ class LayerPrompt(nn.Module):
             return None
         if torch.compiler.is_compiling():
             return self.site.project(self.rows())
+        found = None if self.joint is None else self.joint.share(self)
+        if found is not None:
+            return found
         if self.tracked() or self.drops():
-            found = None if self.joint is None else self.joint.share(self)
-            return self.site.project(self.rows()) if found is None else found
+            return self.site.project(self.rows())
         stamp = stamp_of(self._tensors())
         if self._kept is None or self._kept[0] != stamp:
             with torch.no_grad():
